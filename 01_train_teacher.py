@@ -1,0 +1,120 @@
+"""Stage 01: train the teacher, a 1-rectified flow, on real images.
+
+A rectified flow is a velocity field v that carries noise z (t = 0) to images x (t = 1). It is learnt by regression: draw
+an image and, independently, a noise; walk along the straight line between them; predict the line's direction.
+
+    x_t = t x + (1 - t) z        L = E || v(x_t, t) - (x - z) ||^2        t ~ U[EPS, 1]
+
+Where lines cross, v learns their average, so the flow's own paths are curved: this teacher needs many Euler steps. The
+later stages are about making them straight, in a smaller network.
+
+Reads   images: --data shapes (drawn by the program), cifar10 (downloaded), or the path of a folder or zip
+Writes  out/<preset>/01_teacher.pt, 01_samples.png, 01_loss.png
+Next    python 02_generate_pairs.py
+"""
+from dataclasses import dataclass
+
+import torch
+
+from common import (EPS, EVALUATION, Settings, UNet, check_ranges, count_parameters, euler, from_uint8, labels_for,
+                    load_images, noise_for, random_flip, require, run, save_curve, save_grid, save_network, start, train)
+
+
+@dataclass
+class Config(Settings):
+    # Data
+    data: str = "shapes"  # shapes, cifar10, or the path of CIFAR-10 (binary), or of a folder or zip of images
+    image_size: int = 16  # pixels; other sizes are cropped to the centre square and resized
+    conditional: bool = False  # give the network the class labels
+    flip: bool = True  # mirror each image with probability 1/2; official code: yes
+    memory_gb: float = 4.0  # GB; a larger folder or zip is memory-mapped from a file. ours
+    skip_bad: bool = False  # leave out files that are not readable images, instead of stopping
+    # Network
+    base: int = 32  # channels of the first level. ours; paper: 128
+    mult: tuple[int, ...] = (1, 1, 2)  # channels of each level, in multiples of base. ours; paper: 1,2,2,2
+    blocks: int = 1  # residual blocks per level. ours; paper: 4
+    attn: tuple[int, ...] = (8,)  # image sizes at which attention is used. ours; paper: 16
+    dropout: float = 0.0  # probability. ours; official code: 0.15
+    # Training
+    steps: int = 1500  # optimiser steps. ours
+    batch: int = 64  # images per step. ours; paper: 128
+    lr: float = 1e-3  # Adam's learning rate. ours; paper: 2e-4
+    warmup: int = 100  # steps in which lr rises from 0. ours; paper: 5000
+    cooldown: float = 0.3  # the last part of all steps, in which lr falls to 0. ours; official code: none
+    ema: float = 0.999  # decay of the weights' moving average. ours; paper: 0.999999
+    clip: float = 1.0  # largest gradient norm. paper: 1
+    log_every: int = 100  # steps between log lines
+    sample_steps: int = 25  # Euler steps of the sample picture. ours
+
+    def __post_init__(self):
+        check_ranges(self, image_size=(4, 1024), memory_gb=(0, None), dropout=(0, 0.99), steps=(1, None), batch=(1, None),
+                     lr=(0, 1), warmup=(0, None), cooldown=(0, 1), ema=(0, 1), clip=(1e-6, None), log_every=(1, None),
+                     sample_steps=(1, None))
+
+
+# The paper's recipe. Its teacher was a published 1-rectified flow; 800,000 steps are ours, after its stage 03.
+PAPER = dict(image_size=32, base=128, mult=(1, 2, 2, 2), blocks=4, attn=(16,), dropout=0.15, steps=800_000, batch=128, lr=2e-4,
+             warmup=5000, cooldown=0.0, ema=0.999999, log_every=1000, sample_steps=100)
+
+PRESETS = {
+    "shapes": {},
+    "cifar10_quick": {**PAPER, "data": "cifar10", "mult": (1, 2, 2), "blocks": 2, "dropout": 0.1, "steps": 30_000,
+                      "warmup": 1000, "cooldown": 0.3, "ema": 0.9995, "log_every": 200},  # ours
+    "cifar10": {**PAPER, "data": "cifar10"},
+    "ffhq64": {**PAPER, "data": "ffhq-64x64.zip", "image_size": 64},
+    # ours: 113.8M (paper: EDM's 296M ADM network), one class label per image
+    "imagenet64": {**PAPER, "data": "imagenet-64x64.zip", "image_size": 64, "base": 192, "blocks": 3, "dropout": 0.1,
+                   "conditional": True, "flip": False},
+}
+
+
+def flow_loss(net, noise, data, labels=None):
+    """E || v(x_t, t) - (x - z) ||^2 with t ~ U[EPS, 1]: the mean over pixels and batch, a scalar.
+
+    noise, data (B, C, H, W); labels int64 (B,) or None.
+    """
+    t = EPS + (1 - EPS) * torch.rand(len(data), device=data.device)  # (B,)
+    # x_t = t x + (1 - t) z
+    s = t[:, None, None, None]
+    x_t = s * data + (1 - s) * noise
+    # || v(x_t, t) - (x - z) ||^2
+    return (net(x_t, t, labels) - (data - noise)).square().mean()
+
+
+def main(cfg):
+    device = start(cfg, "01 teacher")
+
+    # 1. Data: all images as uint8 in memory.
+    images, labels = load_images(cfg.data, cfg.image_size, cfg.memory_gb, cfg.skip_bad)
+    require(cfg.batch <= len(images), f"--batch {cfg.batch} is larger than the data: {cfg.data} has {len(images)} images")
+    require(labels is not None or not cfg.conditional, f"--conditional needs labels, and {cfg.data} has none")
+    classes = int(labels.max()) + 1 if cfg.conditional else 0
+    print(f"data | {len(images)} images of {cfg.image_size}x{cfg.image_size} from {cfg.data} | {classes} classes used")
+
+    # 2. Network.
+    net = UNet(cfg.image_size, 3, cfg.base, cfg.mult, cfg.blocks, cfg.attn, classes, cfg.dropout).to(device)
+    print(f"teacher | {count_parameters(net):,} parameters")
+
+    # 3. Training.
+    def loss_at(step):
+        i = torch.randint(len(images), (cfg.batch,))
+        data = from_uint8(images[i].to(device))
+        if cfg.flip:
+            data, = random_flip(data)
+        noise = torch.randn_like(data)
+        return flow_loss(net, noise, data, labels[i].to(device) if classes else None)
+
+    ema, losses = train("01 teacher", cfg, net, loss_at)
+
+    # 4. Save the EMA weights, and look at them.
+    save_network(cfg.folder / "01_teacher.pt", cfg, ema)
+    noise = noise_for(cfg.seed, range(EVALUATION, EVALUATION + 64), (3, cfg.image_size, cfg.image_size)).to(device)
+    some_labels = labels_for(cfg.seed, 64, classes)
+    samples = euler(ema, noise, cfg.sample_steps, some_labels.to(device) if classes else None)
+    save_grid(cfg.folder / "01_samples.png", samples.split(8))
+    save_curve(cfg.folder / "01_loss.png", losses, "01 teacher: loss")
+    print(f"wrote {cfg.folder}/01_teacher.pt, 01_samples.png, 01_loss.png | next: python 02_generate_pairs.py")
+
+
+if __name__ == "__main__":
+    run(main, Config, PRESETS, __doc__)

@@ -1,0 +1,57 @@
+"""Stage 02: let the teacher pair every noise with an image.
+
+The teacher's flow is an ordinary differential equation: each noise z leads to exactly one image x. Following it for many
+noises gives pairs that belong together, unlike stage 01's random couples. They are what stages 03 and 04 learn from.
+
+    dx/dt = v(x, t) from x = z at t = 0:        x <- x + v(x, t_i) / N,  t_i = EPS + (1 - EPS) i / N
+
+The file holds the images (float16) and one seed: pair i's noise is noise_for(seed, i), drawn again when it is needed.
+
+Reads   out/<preset>/01_teacher.pt
+Writes  out/<preset>/02_pairs.pt, 02_pairs.png
+Next    python 03_annealing_reflow.py
+"""
+from dataclasses import dataclass
+
+from common import PAIRS, Settings, check_ranges, count_parameters, load_network, make_pairs, run, save_grid, start
+
+
+@dataclass
+class Config(Settings):
+    n_pairs: int = 8192  # pairs to make. ours; paper: 50,000 or more
+    sample_steps: int = 25  # Euler steps, each one network call per image. ours
+    sample_batch: int = 256  # images per network call: speed and memory only, the pairs are the same. ours
+
+    def __post_init__(self):
+        check_ranges(self, n_pairs=(1, 10**9), sample_steps=(1, None), sample_batch=(1, None))
+
+
+PAPER = dict(n_pairs=50_000, sample_steps=100)  # ours: 100 Euler steps; the paper's solver is RK45 with about 127 calls
+
+PRESETS = {
+    "shapes": {},
+    "cifar10_quick": {**PAPER, "sample_steps": 50},  # ours
+    "cifar10": PAPER,
+    "ffhq64": PAPER,
+    "imagenet64": {**PAPER, "n_pairs": 200_000},  # ours: 200 for each class
+}
+
+
+def main(cfg):
+    device = start(cfg, "02 pairs")
+
+    # 1. The teacher (its EMA weights are all that stage 01 saved).
+    teacher, _ = load_network(cfg.folder / "01_teacher.pt", cfg, device)
+    print(f"teacher | {count_parameters(teacher):,} parameters | from {cfg.folder}/01_teacher.pt")
+
+    # 2. Noise -> image, with labels drawn uniformly where the teacher knows classes; saved in one file.
+    path = cfg.folder / "02_pairs.pt"
+    images = make_pairs(path, cfg, teacher, cfg.n_pairs, cfg.sample_steps, PAIRS)
+
+    # 3. Look at the first.
+    save_grid(cfg.folder / "02_pairs.png", images[:64].split(8))
+    print(f"wrote {path}, 02_pairs.png | next: python 03_annealing_reflow.py")
+
+
+if __name__ == "__main__":
+    run(main, Config, PRESETS, __doc__)

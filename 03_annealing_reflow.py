@@ -1,0 +1,129 @@
+"""Stage 03: annealing reflow. A small network, from scratch, learns a straight flow from the teacher's pairs.
+
+Training a rectified flow on pairs that belong together makes its paths straight ("reflow", a 2-rectified flow). Usually it
+starts from the teacher's weights; a smaller student cannot. Starting from random weights on fixed pairs is hard, so the
+student begins with an easier problem, and it is changed little by little into the right one. The noise of each pair is
+
+    z_beta = sqrt(1 - beta^2) z + beta z'        z' fresh noise at every step; z_beta is N(0, I) for any beta
+    L = E || v(x_t, t) - (x - z_beta) ||^2       x_t = t x + (1 - t) z_beta                              (paper, Eq. 9)
+
+beta = 1 is stage 01's problem with the teacher's images as data; beta = 0 is reflow. beta falls from 1 to 0.
+
+Reads   out/<preset>/02_pairs.pt
+Writes  out/<preset>/03_reflow.pt, 03_samples.png, 03_loss.png
+Next    python 04_flow_guided_distill.py
+"""
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from common import (EPS, EVALUATION, Settings, UNet, check_ranges, count_parameters, euler, labels_for, load, noise_for,
+                    pair_batch, random_flip, require, run, save_curve, save_grid, save_network, start, train)
+
+
+@dataclass
+class Config(Settings):
+    # Annealing
+    schedule: Literal["linear", "cosine", "exponential", "fixed"] = "linear"  # how beta falls. paper: linear is best
+    anneal_steps: int = 1600  # K, steps until beta is 0 (exponential: until it is 1/e). ours; paper: 300,000
+    beta_fixed: float = 0.0  # beta of the fixed schedule; 0 is plain reflow, the paper's baseline
+    flip: bool = True  # mirror noise and image of a pair together, with probability 1/2. paper: yes
+    # Network: the small student
+    base: int = 16  # channels of the first level. ours; paper: 96 (15.7M)
+    mult: tuple[int, ...] = (1, 2, 2)  # channels of each level, in multiples of base. paper: 1,2,2
+    blocks: int = 1  # residual blocks per level. ours; paper: 2
+    attn: tuple[int, ...] = (8,)  # image sizes at which attention is used. ours; paper: 16
+    dropout: float = 0.0  # probability. ours; paper: 0.15
+    # Training
+    steps: int = 4000  # optimiser steps. ours; paper: 800,000
+    batch: int = 64  # pairs per step. ours; paper: 128
+    lr: float = 1e-3  # Adam's learning rate. ours; paper: 2e-4
+    warmup: int = 100  # steps in which lr rises from 0. ours; paper: 5000
+    cooldown: float = 0.3  # the last part of all steps, in which lr falls to 0. ours; official code: none
+    ema: float = 0.999  # decay of the weights' moving average. ours; paper: 0.999999
+    clip: float = 1.0  # largest gradient norm. paper: 1
+    log_every: int = 100  # steps between log lines
+    sample_steps: int = 25  # Euler steps of the lower half of the sample picture; the upper half is one call. ours
+
+    def __post_init__(self):
+        check_ranges(self, anneal_steps=(1, None), beta_fixed=(0, 1), dropout=(0, 0.99), steps=(1, None), batch=(1, None),
+                     lr=(0, 1), warmup=(0, None), cooldown=(0, 1), ema=(0, 1), clip=(1e-6, None), log_every=(1, None),
+                     sample_steps=(1, None))
+
+
+PAPER = dict(anneal_steps=300_000, base=96, mult=(1, 2, 2), blocks=2, attn=(16,), dropout=0.15, steps=800_000, batch=128,
+             lr=2e-4, warmup=5000, cooldown=0.0, ema=0.999999, log_every=1000)
+
+PRESETS = {
+    "shapes": {},
+    "cifar10_quick": {**PAPER, "base": 64, "dropout": 0.0, "steps": 40_000, "anneal_steps": 15_000, "warmup": 1000,
+                      "cooldown": 0.3, "ema": 0.9995, "log_every": 200},  # ours: the paper's 7.0M network
+    "cifar10": PAPER,
+    "ffhq64": PAPER,
+    # ours: 80.4M in this U-Net (paper: 80.7M, an ADM network)
+    "imagenet64": {**PAPER, "base": 192, "blocks": 3, "dropout": 0.13, "flip": False},
+}
+
+
+def beta(step, cfg):
+    """The share of fresh noise at a step (0, 1, ...): 1 at the start, then towards 0; in [0, 1]. Paper, Table 4."""
+    k = step / cfg.anneal_steps
+    return {"linear": max(0.0, 1 - k),
+            "cosine": (1 + math.cos(math.pi * min(1.0, k))) / 2,
+            "exponential": math.exp(-k),
+            "fixed": cfg.beta_fixed}[cfg.schedule]
+
+
+def reflow_loss(net, noise, data, beta, labels=None):
+    """E || v(x_t, t) - (x - z_beta) ||^2 on pairs, with t ~ U[EPS, 1]: the mean over pixels and batch, a scalar. Eq. 9.
+
+    noise, data (B, C, H, W), where data = ODE[teacher](noise); beta in [0, 1]; labels int64 (B,) or None.
+    """
+    # z_beta = sqrt(1 - beta^2) z + beta z'
+    z_beta = math.sqrt(1 - beta**2) * noise + beta * torch.randn_like(noise)
+    t = EPS + (1 - EPS) * torch.rand(len(data), device=data.device)  # (B,)
+    # x_t = t x + (1 - t) z_beta
+    s = t[:, None, None, None]
+    x_t = s * data + (1 - s) * z_beta
+    # || v(x_t, t) - (x - z_beta) ||^2
+    return (net(x_t, t, labels) - (data - z_beta)).square().mean()
+
+
+def main(cfg):
+    device = start(cfg, "03 reflow")
+
+    # 1. Pairs.
+    path = cfg.folder / "02_pairs.pt"
+    pairs = load(path, cfg)
+    n, classes, image_size = len(pairs["images"]), pairs["network"]["classes"], pairs["network"]["image_size"]
+    require(cfg.batch <= n, f"--batch {cfg.batch} is larger than the data: {path} has {n} pairs")
+    print(f"pairs | {n} of {image_size}x{image_size} from {path}")
+
+    # 2. The small network, from scratch.
+    net = UNet(image_size, 3, cfg.base, cfg.mult, cfg.blocks, cfg.attn, classes, cfg.dropout).to(device)
+    print(f"student | {count_parameters(net):,} parameters")
+
+    # 3. Training, while beta falls.
+    def loss_at(step):
+        noise, data, labels = pair_batch(pairs, cfg.batch, device)
+        if cfg.flip:  # a mirrored noise leads to the mirrored image: twice the pairs for nothing
+            noise, data = random_flip(noise, data)
+        return reflow_loss(net, noise, data, beta(step, cfg), labels)
+
+    ema, losses = train("03 reflow", cfg, net, loss_at, note=lambda step: f"beta {beta(step, cfg):.3f}")
+
+    # 4. Save the EMA weights, and look at them: one call above, many calls below, from the same noise.
+    save_network(cfg.folder / "03_reflow.pt", cfg, ema)
+    noise = noise_for(cfg.seed, range(EVALUATION, EVALUATION + 32), (3, image_size, image_size)).to(device)
+    labels = labels_for(cfg.seed, 32, classes)
+    labels = None if labels is None else labels.to(device)
+    one, many = euler(ema, noise, 1, labels), euler(ema, noise, cfg.sample_steps, labels)
+    save_grid(cfg.folder / "03_samples.png", [*one.split(8), *many.split(8)])
+    save_curve(cfg.folder / "03_loss.png", losses, "03 reflow: loss")
+    print(f"wrote {cfg.folder}/03_reflow.pt, 03_samples.png, 03_loss.png | next: python 04_flow_guided_distill.py")
+
+
+if __name__ == "__main__":
+    run(main, Config, PRESETS, __doc__)

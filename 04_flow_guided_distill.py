@@ -1,0 +1,149 @@
+"""Stage 04: flow-guided distillation. The 2-rectified flow becomes a network that needs one call.
+
+The student v' starts from stage 03's flow v, and learns to jump from z to the flow's end in one step, by two losses:
+
+    L_distill = E D( z + v'(z, EPS), x )                  on pairs (z, x)                           (paper, Eq. 8)
+    L_2step   = E D( z + v'(z, EPS), target )             on fresh noise z at every step            (paper, Eqs. 11-13)
+                x_t = z + t v'(z, EPS),  target = x_t + (1 - t) v(x_t, t),  t ~ U[0.2, 0.8],  no gradient
+
+Pairs are exact, but expensive and therefore few. A two-step path costs one call more than the student's own, and there is
+one for every noise: the flow guides the student between the pairs. D is a distance of images.
+
+Reads   out/<preset>/03_reflow.pt; 02_pairs.pt with --pairs_from teacher
+Writes  out/<preset>/04_student.pt, 04_samples.png, 04_loss.png; 04_pairs.pt with --pairs_from flow
+Next    python 05_eval_fid.py
+"""
+import copy
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from common import (EPS, EVALUATION, OWN_PAIRS, Settings, check_ranges, count_parameters, euler, labels_for, load,
+                    load_network, make_pairs, noise_for, pair_batch, require, require_same_kind, run, save_curve, save_grid,
+                    save_network, start, train)
+
+
+@dataclass
+class Config(Settings):
+    # Losses
+    distance: Literal["l2", "lpips"] = "l2"  # D; lpips is the paper's choice for CIFAR-10 and FFHQ, and is not built yet
+    guidance: float = 1.0  # weight of L_2step, 0 to go without. paper: 1
+    t_low: float = 0.2  # t of the two-step path is uniform from here. official code: 0.2
+    t_high: float = 0.8  # ... to here. official code: 0.8
+    pairs_from: Literal["teacher", "flow"] = "teacher"  # whose pairs: stage 02's, or the 2-rectified flow's own. paper: flow
+    n_pairs: int = 8192  # pairs to make, with --pairs_from flow. ours; paper: 50,000 or more
+    pair_steps: int = 25  # Euler steps of each of them. ours; paper: an RK45 solver
+    sample_batch: int = 256  # images per network call while making them. ours
+    # Training
+    steps: int = 800  # optimiser steps. ours; paper: 400,000
+    batch: int = 64  # pairs per step, and as many fresh noises. ours; paper: 128
+    lr: float = 5e-4  # Adam's learning rate. ours; paper: 2e-4
+    warmup: int = 0  # steps in which lr rises from 0; official code: none, because the weights are trained already
+    cooldown: float = 0.5  # the last part of all steps, in which lr falls to 0. ours; official code: none
+    ema: float = 0.995  # decay of the weights' moving average. ours; paper: 0.999999
+    clip: float = 1.0  # largest gradient norm. paper: 1
+    log_every: int = 100  # steps between log lines
+
+    def __post_init__(self):
+        check_ranges(self, guidance=(0, None), t_low=(0, 1), t_high=(0, 1), n_pairs=(1, 10**9), pair_steps=(1, None),
+                     sample_batch=(1, None), steps=(1, None), batch=(1, None), lr=(0, 1), warmup=(0, None), cooldown=(0, 1),
+                     ema=(0, 1), clip=(1e-6, None), log_every=(1, None))
+        require(self.t_low <= self.t_high, f"--t_low {self.t_low} must not be larger than --t_high {self.t_high}")
+        require(self.distance == "l2", "--distance lpips is not built yet; go on with --distance l2")
+
+
+# paper, but for the distance (LPIPS there) and the solver of the flow's own pairs (RK45 there)
+PAPER = dict(pairs_from="flow", n_pairs=50_000, pair_steps=100, steps=400_000, batch=128, lr=2e-4, cooldown=0.0, ema=0.999999,
+             log_every=1000)
+
+PRESETS = {
+    "shapes": {},
+    "cifar10_quick": {**PAPER, "pair_steps": 25, "steps": 15_000, "cooldown": 0.5, "ema": 0.9995, "log_every": 200},  # ours
+    "cifar10": PAPER,
+    "ffhq64": PAPER,
+    "imagenet64": {**PAPER, "n_pairs": 200_000},
+}
+
+
+def squared_l2(x, y):
+    """D(x, y) = mean over pixels of (x - y)^2: (B,)."""
+    return (x - y).square().mean(dim=(1, 2, 3))
+
+
+def first_step(net, noise, labels=None):
+    """v(z, EPS), the velocity at the start: (B, C, H, W)."""
+    return net(noise, torch.full((len(noise),), EPS, device=noise.device), labels)
+
+
+def distill_loss(student, noise, data, distance, labels=None):
+    """E D( z + v'(z, EPS), x ) on pairs, a scalar. Eq. 8.
+
+    noise, data (B, C, H, W), where data = ODE(noise); labels int64 (B,) or None; distance(x, y) -> (B,).
+    """
+    # D( z + v'(z, EPS), x )
+    return distance(noise + first_step(student, noise, labels), data).mean()
+
+
+def guided_loss(student, flow, noise, distance, labels=None, t_low=0.2, t_high=0.8):
+    """E D( z + v'(z, EPS), x_t + (1 - t) v(x_t, t) ) on fresh noise, a scalar. Eqs. 11-13.
+
+    student is v', flow is v (not trained); noise (B, C, H, W); labels int64 (B,) or None; distance(x, y) -> (B,).
+    Eq. 12 takes v for the first step too; the student's own v' costs no further call and, says the paper, is better.
+    """
+    velocity = first_step(student, noise, labels)
+    with torch.no_grad():
+        t = t_low + (t_high - t_low) * torch.rand(len(noise), device=noise.device)  # (B,)
+        s = t[:, None, None, None]
+        # x_t = z + t v'(z, EPS)
+        x_t = noise + s * velocity
+        # target = x_t + (1 - t) v(x_t, t)
+        target = x_t + (1 - s) * flow(x_t, t, labels)
+    # D( z + v'(z, EPS), target )
+    return distance(noise + velocity, target).mean()
+
+
+def main(cfg):
+    device = start(cfg, "04 student")
+
+    # 1. The 2-rectified flow v, and the student v' that starts as its copy.
+    flow_path = cfg.folder / "03_reflow.pt"
+    flow, _ = load_network(flow_path, cfg, device)
+    student = copy.deepcopy(flow)
+    flow.requires_grad_(False)
+    print(f"student | {count_parameters(student):,} parameters | starts from {flow_path}")
+
+    # 2. Pairs: the teacher's, or the flow's own.
+    if cfg.pairs_from == "flow":
+        pairs_path = cfg.folder / "04_pairs.pt"
+        make_pairs(pairs_path, cfg, flow, cfg.n_pairs, cfg.pair_steps, OWN_PAIRS)
+    else:
+        pairs_path = cfg.folder / "02_pairs.pt"
+    pairs = load(pairs_path, cfg)
+    require_same_kind(flow_path, flow.args, pairs_path, pairs["network"])
+    n, classes, size = len(pairs["images"]), flow.args["classes"], flow.args["image_size"]
+    require(cfg.batch <= n, f"--batch {cfg.batch} is larger than the data: {pairs_path} has {n} pairs")
+    print(f"pairs | {n} from {pairs_path}")
+
+    # 3. Training: L_distill + guidance * L_2step.
+    def loss_at(step):
+        noise, data, labels = pair_batch(pairs, cfg.batch, device)
+        loss = distill_loss(student, noise, data, squared_l2, labels)
+        if cfg.guidance:
+            fresh = torch.randn_like(noise)
+            loss = loss + cfg.guidance * guided_loss(student, flow, fresh, squared_l2, labels, cfg.t_low, cfg.t_high)
+        return loss
+
+    ema, losses = train("04 student", cfg, student, loss_at)
+
+    # 4. Save the EMA weights, and look at them: one call each.
+    save_network(cfg.folder / "04_student.pt", cfg, ema)
+    noise = noise_for(cfg.seed, range(EVALUATION, EVALUATION + 64), (3, size, size)).to(device)
+    labels = labels_for(cfg.seed, 64, classes)
+    save_grid(cfg.folder / "04_samples.png", euler(ema, noise, 1, None if labels is None else labels.to(device)).split(8))
+    save_curve(cfg.folder / "04_loss.png", losses, "04 student: loss")
+    print(f"wrote {cfg.folder}/04_student.pt, 04_samples.png, 04_loss.png | next: python 05_eval_fid.py")
+
+
+if __name__ == "__main__":
+    run(main, Config, PRESETS, __doc__)

@@ -1,0 +1,774 @@
+"""What two or more of the five scripts share: notation, settings, files, data, the U-Net, Euler, EMA, the training loop.
+
+Notation (every script uses these names, and only these):
+
+    z        noise      N(0, I), shape (B, 3, H, W); a function of (seed, index), see noise_for
+    x        data       image in [-1, 1], real or made by a teacher, shape (B, 3, H, W)
+    t        t          time in [EPS, 1], shape (B,); t = 0 is noise, t = 1 is data
+    x_t      x_t        = t x + (1 - t) z, the straight line from noise to data
+    v        net        v(x_t, t), what every network here predicts: the velocity; its target is x - z
+    theta'   ema        exponential moving average of the weights; only this copy is sampled from and saved
+
+An image is uint8 on disk and in data sets, float in [-1, 1] everywhere else. Labels are int64, shape (B,), or None.
+"""
+import argparse
+import copy
+import dataclasses
+import hashlib
+import http.client
+import inspect
+import io
+import json
+import math
+import os
+import pickle
+import re
+import shutil
+import sys
+import tarfile
+import time
+import typing
+import zipfile
+import zlib
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+
+PRESET = "shapes"  # shapes, cifar10_quick, cifar10, ffhq64 or imagenet64; --preset NAME overrides it for one run
+EPS = 1e-3  # official code: times run from 0.001, not 0, to 1
+
+# Noise indices. Each use has a range of its own, so that no picture that is judged comes from a noise that was trained on.
+PAIRS, OWN_PAIRS, EVALUATION = 0, 10**9, 2 * 10**9
+
+
+# ---------------------------------------------------------------------------------------------------------- settings
+
+class UserError(ValueError):
+    """Something the person at the keyboard can mend. run() prints it as one line, without a traceback."""
+
+
+def require(condition, message):
+    """Raises UserError(message) unless the condition holds."""
+    if not condition:
+        raise UserError(message)
+
+
+@dataclasses.dataclass
+class Settings:
+    """What all five scripts can be told. The comment behind a field is also its --help text."""
+    preset: str = PRESET  # which column of the script's PRESETS to start from
+    out: str = "out"  # results go to <out>/<preset>/
+    seed: int = 0  # everything random follows from it
+    device: str = "auto"  # auto (a GPU where there is one), cpu, cuda, cuda:1, mps
+
+    @property
+    def folder(self):
+        return Path(self.out) / self.preset
+
+
+def check_ranges(cfg, **ranges):
+    """check_ranges(cfg, steps=(1, None)): raises UserError unless each named setting lies between its two bounds."""
+    for name, (low, high) in {"seed": (0, 2**63), **ranges}.items():
+        value = getattr(cfg, name)
+        inside = (low is None or value >= low) and (high is None or value <= high)  # False for NaN
+        bounds = f"at least {low}" if high is None else f"between {low} and {high}"
+        require(inside, f"--{name} {value} is out of range: it must be {bounds}")
+
+
+def read_settings(config, presets, doc, argv=None):
+    """The dataclass `config`, filled from its defaults, then presets[--preset], then the command line.
+
+    Types, choices and help texts come from the dataclass itself. Raises UserError for anything unknown or misspelt.
+    """
+    class Parser(argparse.ArgumentParser):
+        def error(self, message):
+            raise UserError(message.removeprefix("argument "))
+
+    def int_tuple(text):
+        return tuple(int(part) for part in text.strip("()").split(",") if part.strip())
+
+    int_tuple.__name__ = "comma-separated list of integers"
+    source = "".join(inspect.getsource(c) for c in reversed(config.__mro__) if dataclasses.is_dataclass(c))
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.MULTILINE))
+    parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    types = typing.get_type_hints(config)
+    for field in dataclasses.fields(config):
+        kind, choices = types[field.name], None
+        if field.name == "preset":
+            choices = list(presets)
+        if typing.get_origin(kind) is typing.Literal:
+            kind, choices = str, typing.get_args(kind)
+        if typing.get_origin(kind) is tuple:
+            kind = int_tuple
+        how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind, "choices": choices}
+        help_text = f"{comments.get(field.name, '')} [{field.default}]".replace("%", "%%")
+        parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, help=help_text, **how)
+    given, unknown = parser.parse_known_args(argv)
+    valid = " ".join(f"--{field.name}" for field in dataclasses.fields(config))
+    require(not unknown, f"unknown setting {' '.join(unknown)}; valid settings are {valid}")
+    given = vars(given)
+    preset = given.get("preset", PRESET)
+    require(preset in presets, f"unknown preset {preset!r} in common.py; valid presets are {', '.join(presets)}")
+    return config(**{"preset": preset, **presets[preset], **given})
+
+
+def run(main, config, presets, doc):
+    """The guard of every script: settings, main(cfg), and one clear line instead of a traceback where a person can help."""
+    try:
+        main(read_settings(config, presets, doc))
+    except (UserError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped: nothing of this stage was saved; what earlier stages wrote is untouched")
+
+
+def start(cfg, name):
+    """Prints the settings and returns the torch.device to work on."""
+    device = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {cfg.device} cannot be used here: {str(error).splitlines()[0]}") from error
+    torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it; changes nothing on a CPU
+    torch.manual_seed(cfg.seed)
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    print(f"{name} | preset {cfg.preset} | {device} ({hardware}) | torch {torch.__version__}")
+    print("settings | " + " ".join(f"{k}={v}" for k, v in dataclasses.asdict(cfg).items() if k not in ("preset", "device")))
+    return device
+
+
+# ------------------------------------------------------------------------------------------------------------- files
+
+MADE_BY = {"01_teacher.pt": "01_train_teacher.py", "02_pairs.pt": "02_generate_pairs.py",
+           "03_reflow.pt": "03_annealing_reflow.py", "04_pairs.pt": "04_flow_guided_distill.py", "04_student.pt": "04_flow_guided_distill.py"}
+
+
+@contextmanager
+def writing(path):
+    """`with writing(path) as file:` gives a binary file that appears under its name only when it is complete.
+
+    It is written beside `path` as `<name>.tmp`, flushed to the disk, then renamed: whoever reads `path` finds the old
+    content or the new one. Raises UserError where the disk is full or not writable.
+    """
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+        raise UserError(f"could not write {path}: {error.__context__ or error}; "
+                        "what was there before is untouched") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save(path, cfg, **content):
+    """Writes a self-describing artifact: preset, settings, and the content (tensors, numbers, strings, dicts, lists)."""
+    settings = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in ("out", "device")}
+    with writing(path) as file:
+        torch.save({"preset": cfg.preset, "settings": settings, **content}, file)
+
+
+def load(path, cfg):
+    """Reads an artifact of this preset. Raises UserError if it is missing, damaged, or another preset's. Never unpickles."""
+    path = Path(path)
+    command = f"python {MADE_BY[path.name]} --preset {cfg.preset}" + (f" --out {cfg.out}" if cfg.out != "out" else "")
+    require(path.exists(), f"{path} is missing; make it with: {command}")
+    try:
+        artifact = torch.load(path, map_location="cpu", weights_only=True)
+        preset = artifact["preset"]
+    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is damaged or not one of ours; make it again with: {command}") from error
+    require(preset == cfg.preset, f"{path} was made with --preset {preset}, not {cfg.preset}; make it with: {command}")
+    return artifact
+
+
+def save_network(path, cfg, net, **facts):
+    """Saves a network's weights with the arguments that build it, and further facts that later stages need."""
+    save(path, cfg, network=net.args, weights=net.state_dict(), **facts)
+
+
+def load_network(path, cfg, device):
+    """Returns (UNet in eval mode on the device, the whole artifact). Strict: raises UserError if the weights do not fit."""
+    artifact = load(path, cfg)
+    try:
+        net = UNet(**artifact["network"])
+        net.load_state_dict(artifact["weights"])
+    except (KeyError, TypeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path} holds weights that do not fit the network it describes ({reason}); "
+                        f"make it again with: python {MADE_BY[Path(path).name]} --preset {cfg.preset}") from error
+    return net.to(device).eval(), artifact
+
+
+def require_same_kind(path_a, args_a, path_b, args_b):
+    """Raises UserError unless two artifacts agree on image size, channels and number of classes."""
+    for key in ("image_size", "channels", "classes"):
+        require(args_a[key] == args_b[key], f"{path_a} and {path_b} do not belong together: {key} is {args_a[key]} in the "
+                f"first and {args_b[key]} in the second; run the stages again from the first that changed")
+
+
+# ---------------------------------------------------------------------------------------------------------- pictures
+
+def save_grid(path, rows, titles=None, pixels=64):
+    """Writes a PNG with one row of images for each float tensor (N, 3, H, W) in `rows`, and a title above each row.
+
+    Images are enlarged to about `pixels` (whole pixels, not smoothed), so that 16x16 can be looked at.
+    """
+    size = rows[0].shape[-1]
+    cell, gap, bar = size * max(1, pixels // size), 2, 18 if titles else 0
+    width = max(len(row) for row in rows) * (cell + gap) + gap
+    canvas = Image.new("RGB", (width, len(rows) * (cell + gap + bar) + gap), "white")
+    draw = ImageDraw.Draw(canvas)
+    for r, row in enumerate(rows):
+        top = gap + r * (cell + gap + bar)
+        if titles:
+            draw.text((gap + 2, top), titles[r], fill="black", font=ImageFont.load_default(12))
+        for i, image in enumerate(to_uint8(row.cpu())):
+            tile = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((cell, cell), Image.NEAREST)
+            canvas.paste(tile, (gap + i * (cell + gap), top + bar))
+    with writing(path) as file:
+        canvas.save(file, "PNG")
+
+
+def save_curve(path, values, title):
+    """Draws positive numbers (the loss of every step) on a log axis, and their running mean, into a PNG."""
+    width, height, left, right, top, bottom = 640, 320, 60, 625, 30, 290
+    values = np.log10(np.maximum(values, 1e-12))
+    window = max(1, len(values) // 50)
+    low, high = values.min(), values.max() + 1e-3
+    canvas = Image.new("RGB", (width, height), "white")
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(12)
+    draw.text((left, 8), f"{title} (log scale; dark: mean of {window} steps); {len(values)} steps", fill="black", font=font)
+    for y in range(top, bottom + 1, (bottom - top) // 4):
+        draw.line([(left, y), (right, y)], fill="#dddddd")
+        draw.text((5, y - 7), f"{10 ** (high - (y - top) / (bottom - top) * (high - low)):.2e}", fill="black", font=font)
+    for line, colour in ((values, "#9ec5e8"), (np.convolve(values, np.ones(window) / window, mode="valid"), "#174a7c")):
+        step = np.arange(len(line)) + len(values) - len(line)
+        x = left + step / max(1, len(values) - 1) * (right - left)
+        y = top + (high - line) / (high - low) * (bottom - top)
+        draw.line(list(zip(x.tolist(), y.tolist())), fill=colour, width=1 if line is values else 2)
+    with writing(path) as file:
+        canvas.save(file, "PNG")
+
+
+def time_left(started, done, total):
+    """'0:12:33': the time that the rest will take if it goes on as it went since `started` (time.time())."""
+    seconds = round((time.time() - started) / done * (total - done))
+    return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+
+
+# -------------------------------------------------------------------------------------------------------------- data
+
+CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
+CIFAR10_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
+SHAPES = ("circle", "square", "triangle")
+COLOURS = {"red": (230, 60, 50), "yellow": (235, 205, 60), "green": (70, 190, 80),
+           "cyan": (70, 195, 215), "blue": (70, 100, 235), "magenta": (215, 80, 205)}
+
+
+def from_uint8(images):
+    """uint8 0..255 -> float32 -1..1."""
+    return images.float() / 127.5 - 1
+
+
+def to_uint8(images):
+    """float -1..1 -> uint8 0..255: clipped, then rounded."""
+    return (images.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def random_flip(*batches):
+    """Mirrors images left to right, each with probability 1/2: the same samples in every batch (B, C, H, W) that is given."""
+    mirrored = (torch.rand(len(batches[0]), device=batches[0].device) < 0.5)[:, None, None, None]
+    return [torch.where(mirrored, batch.flip(3), batch) for batch in batches]
+
+
+def noise_for(seed, indices, shape):
+    """Noise z ~ N(0, I) for each index: float32 (len(indices), *shape).
+
+    Row i depends on (seed, indices[i]) alone, whatever the batch size, device or machine: a pair's noise is never stored,
+    it is drawn again. Philox is a counter-based generator, made for this: (seed, index) is its key.
+    """
+    noise = torch.empty(len(indices), *shape)
+    for row, index in zip(noise.numpy(), torch.as_tensor(indices).tolist()):
+        generator = np.random.Generator(np.random.Philox(key=np.array([seed, index], dtype=np.uint64)))
+        generator.standard_normal(out=row, dtype=np.float32)
+    return noise
+
+
+def draw_shapes(n, image_size, seed=0):
+    """n pictures of one antialiased coloured circle, square or triangle on a dark ground, always the same for a seed.
+
+    Returns images uint8 (n, 3, H, W) and attributes float32 (n, 5): shape 0..2, colour 0..5, then centre x, centre y and
+    radius in units of the image's side.
+    """
+    rng = np.random.default_rng(seed)
+    shape, colour = rng.integers(len(SHAPES), size=n), rng.integers(len(COLOURS), size=n)
+    radius = rng.uniform(0.18, 0.34, size=n)
+    centre_x, centre_y = rng.uniform(radius + 0.03, 0.97 - radius, size=(2, n))
+    ground = rng.uniform(10, 60, size=(n, 1)) + rng.uniform(-8, 8, size=(n, 3))  # dark, nearly grey
+    ink = np.array(list(COLOURS.values()))[colour] + rng.uniform(-20, 20, size=(n, 3))
+    attributes = np.stack([shape, colour, centre_x, centre_y, radius], axis=1)
+
+    images = np.empty((n, 3, image_size, image_size), dtype=np.uint8)
+    pixel = (np.arange(image_size) + 0.5) / image_size
+    for i in range(n):
+        x = np.abs(pixel[None, :] - centre_x[i]) / radius[i]  # (1, W), in radii; all three shapes are symmetric in x
+        y = (pixel[:, None] - centre_y[i]) / radius[i]  # (H, 1), downwards
+        # Signed distance from the outline, in radii, negative inside.
+        distance = (np.hypot(x, y) - 1, np.maximum(x, np.abs(y)) - 0.85,
+                    np.maximum(0.884 * x - 0.467 * (y + 1), y - 0.8))[shape[i]]
+        # Antialiasing: a pixel within half a pixel of the outline is covered in part.
+        cover = np.clip(0.5 - distance * radius[i] * image_size, 0, 1)
+        images[i] = (cover * ink[i, :, None, None] + (1 - cover) * ground[i, :, None, None]).round().clip(0, 255)
+    return torch.from_numpy(images), torch.from_numpy(attributes).float()
+
+
+def download(url, path, algorithm, digest):
+    """Fetches url into path unless it is there already, and returns path.
+
+    The file gets its name only when its hash begins with `digest`; a download that breaks off starts anew the next time.
+    Raises UserError without a network, or if the content is not what was expected.
+    """
+    path, part = Path(path), Path(f"{path}.part")
+    if path.exists():
+        return path
+    advice = f"run the command again, or put the file at {path} yourself"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        print(f"downloading {url}", flush=True)
+        torch.hub.download_url_to_file(url, part)
+        found = file_digest(part, algorithm)
+        require(found.startswith(digest), f"{url} broke off or is not the file that was expected: its {algorithm} is {found}, "
+                f"not {digest}; {advice}")
+        os.replace(part, path)
+    except (OSError, http.client.HTTPException) as error:
+        raise UserError(f"could not download {url} ({error}); {advice}") from error
+    finally:
+        part.unlink(missing_ok=True)
+    return path
+
+
+def file_digest(path, algorithm):
+    """The file's hash as hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, algorithm).hexdigest()
+
+
+def load_images(source, image_size, memory_gb=4.0, skip_bad=False, cache="out/cache"):
+    """Reads a data set: images uint8 (N, 3, H, W), and labels int64 (N,) or None.
+
+    source      "shapes" (drawn here; label = shape * 6 + colour), "cifar10" (downloaded into data/), the path of CIFAR-10
+                in its binary version (folder or .tar.gz), or a folder or zip of PNG, JPEG and WebP images. Their labels
+                are in dataset.json, {"labels": [["a/0.png", 3], ...]}, or else the folders they lie in
+    image_size  other sizes are cropped to the centre square and resized (Lanczos)
+    memory_gb   a folder or zip that takes more than this is memory-mapped from a file under `cache`
+    skip_bad    leaves out (and counts) files that are not readable images, instead of stopping at the first
+
+    Raises UserError for a missing, empty or damaged source, naming the file.
+    """
+    if source == "shapes":
+        images, attributes = draw_shapes(16_384, image_size)
+        return images, (attributes[:, 0] * len(COLOURS) + attributes[:, 1]).long()
+    path = download(CIFAR10_URL, "data/cifar-10-binary.tar.gz", "md5", CIFAR10_MD5) if source == "cifar10" else Path(source)
+    require(path.exists(), f"{path} does not exist: --data is shapes, cifar10, or the path of a folder or zip of images")
+    if path.name.endswith(".tar.gz") or (path.is_dir() and any(path.rglob("data_batch_1.bin"))):
+        return read_cifar10(path, image_size)
+    return read_image_files(path, image_size, memory_gb, skip_bad, Path(cache))
+
+
+def read_cifar10(path, image_size):
+    """CIFAR-10's binary version: five files of 10,000 records, each of 1 label byte and 3,072 pixel bytes."""
+    require(image_size == 32, f"{path} holds 32x32 images: set --image_size 32, not {image_size}")
+    names = [f"data_batch_{i}.bin" for i in range(1, 6)]
+    try:
+        if path.is_dir():
+            folder = next(path.rglob(names[0])).parent
+            content = b"".join((folder / name).read_bytes() for name in names)
+        else:
+            with tarfile.open(path) as archive:  # read in memory: nothing is unpacked to the disk
+                members = {Path(member.name).name: member for member in archive}
+                content = b"".join(archive.extractfile(members[name]).read() for name in names)
+        table = np.frombuffer(content, dtype=np.uint8).reshape(50_000, 3073)
+    except (OSError, EOFError, KeyError, ValueError, tarfile.TarError, zlib.error) as error:
+        raise UserError(f"{path} is not CIFAR-10 in its binary version, or is damaged: {error}") from error
+    return torch.from_numpy(table[:, 1:].reshape(-1, 3, 32, 32).copy()), torch.from_numpy(table[:, 0].astype(np.int64))
+
+
+def read_image_files(path, image_size, memory_gb, skip_bad, cache):
+    """load_images for a folder or zip; see there."""
+    # 1. What is there: `names`, relative to the folder or zip, and `read(name)` -> bytes.
+    if path.is_dir():
+        names = [p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()]
+        read = lambda name: (path / name).read_bytes()
+        version = [(name, (path / name).stat().st_size, (path / name).stat().st_mtime_ns) for name in sorted(names)]
+    else:
+        try:
+            archive = zipfile.ZipFile(path)
+        except (zipfile.BadZipFile, OSError) as error:
+            raise UserError(f"{path} is neither a folder nor a zip that can be read: {error}") from error
+        names, read = [name for name in archive.namelist() if not name.endswith("/")], archive.read
+        version = [path.stat().st_size, path.stat().st_mtime_ns]
+    described = "dataset.json" in names
+    hidden = re.compile(r"(^|/)(\.|__MACOSX/|Thumbs\.db$|dataset\.json$)")
+    names = sorted(name for name in names if not hidden.search(name))
+    images = [name for name in names if name.lower().endswith((".png", ".jpg", ".jpeg", ".webp"))]
+    strangers = sorted(set(names) - set(images))
+    require(skip_bad or not strangers, f"{path}: {strangers[:1]} is not a PNG, JPEG or WebP image; remove it, or leave such "
+            "files out with --skip_bad")
+    require(images, f"{path} holds no PNG, JPEG or WebP images")
+    labels = read_labels(path, images, read("dataset.json") if described else None)
+
+    # 2. Its pixels: in memory or, where they do not fit, in a file that is made once and memory-mapped.
+    shape = (len(images), 3, image_size, image_size)
+    decoded = decode_all(path, images, read, image_size, skip_bad)
+    if math.prod(shape) <= memory_gb * 1e9:
+        pixels, kept = np.empty(shape, dtype=np.uint8), []
+        for i, image in decoded:
+            pixels[len(kept)] = image
+            kept.append(i)
+    else:
+        key = hashlib.sha256(repr((str(path.resolve()), image_size, skip_bad, version)).encode()).hexdigest()[:16]
+        kept, kept_path, pixels_path = [], cache / f"{key}.kept.npy", cache / f"{key}.uint8"
+        if not pixels_path.exists():
+            with writing(pixels_path) as file:
+                for i, image in decoded:
+                    file.write(image.tobytes())
+                    kept.append(i)
+                with writing(kept_path) as kept_file:
+                    np.save(kept_file, np.array(kept, dtype=np.int64))
+        kept = np.load(kept_path)
+        pixels = np.memmap(pixels_path, dtype=np.uint8, mode="c").reshape(-1, *shape[1:])
+        print(f"{path} | memory-mapped from {pixels_path}")
+    if len(kept) < len(names):
+        print(f"{path} | skipped {len(names) - len(kept)} of {len(names)} files that are not readable images")
+    return torch.from_numpy(pixels[:len(kept)]), None if labels is None else torch.from_numpy(labels[kept])
+
+
+def read_labels(path, names, dataset_json):
+    """Labels int64 (len(names),) from dataset.json's bytes or, where there is none, from the folders; None if there are none."""
+    if dataset_json is None:
+        folders = [name.rpartition("/")[0] for name in names]
+        classes = {folder: i for i, folder in enumerate(sorted(set(folders)))}
+        return np.array([classes[folder] for folder in folders]) if len(classes) > 1 else None
+    try:
+        pairs = json.loads(dataset_json)["labels"]
+        labels = {name: label for name, label in pairs or []}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f'{path}: dataset.json must be {{"labels": [["a/0.png", 3], ...]}} or {{"labels": null}}') from error
+    absent, unlabelled = sorted(set(labels) - set(names)), [name for name in names if name not in labels]
+    wrong = [pair for pair in labels.items() if type(pair[1]) is not int or pair[1] < 0]
+    require(not absent, f"{path}: dataset.json has labels for {len(absent)} images that are not there, first {absent[:1]}")
+    require(not labels or not unlabelled, f"{path}: dataset.json has no label for {len(unlabelled)} images, first {unlabelled[:1]}")
+    require(not wrong, f"{path}: a label in dataset.json must be an integer from 0: {wrong[:1]}")
+    return np.array([labels[name] for name in names]) if labels else None
+
+
+def decode_all(path, names, read, image_size, skip_bad):
+    """Yields (position in names, uint8 (3, image_size, image_size)) for each file that can be decoded."""
+    started = reported = time.time()
+    n_good = 0
+    for i, name in enumerate(names):
+        try:
+            image = decode(read(name), image_size)
+        except (OSError, SyntaxError, ValueError, zipfile.BadZipFile, zlib.error, Image.DecompressionBombError) as error:
+            require(skip_bad, f"{path}: {name} is not a PNG, JPEG or WebP image that can be read ({error}); remove it, or leave "
+                    "such files out with --skip_bad")
+            continue
+        n_good += 1
+        yield i, image
+        if time.time() - reported > 10:
+            reported = time.time()
+            print(f"reading {path} | {i + 1}/{len(names)} | left {time_left(started, i + 1, len(names))}", flush=True)
+    require(n_good, f"{path}: none of its {len(names)} images can be read")
+
+
+def decode(content, image_size):
+    """The bytes of an image file -> uint8 (3, image_size, image_size): RGB, the centre square, resized."""
+    with Image.open(io.BytesIO(content), formats=("PNG", "JPEG", "WEBP")) as image:
+        image = image.convert("RGB")
+    if image.size != (image_size, image_size):
+        side = min(image.size)
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        image = image.resize((image_size, image_size), Image.LANCZOS, box=(left, top, left + side, top + side))
+    return np.asarray(image).transpose(2, 0, 1)
+
+
+# ----------------------------------------------------------------------------------------------------------- network
+
+def init_(layer, scale=1.0):
+    """Official code: Xavier-uniform weights with their variance multiplied by `scale`, biases 0. Returns the layer."""
+    nn.init.xavier_uniform_(layer.weight, gain=math.sqrt(scale))
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+NEARLY_ZERO = 1e-10  # official code: the last layer of every branch starts at 1e-5 of its usual size, not at exactly 0
+
+
+def group_norm(channels):
+    groups = min(channels // 4, 32)
+    require(groups and channels % groups == 0, f"{channels} channels cannot be normalised in {groups} groups: choose a base "
+            "that is a multiple of 32 (or of 4, while no layer has more than 128 channels)")
+    return nn.GroupNorm(groups, channels, eps=1e-6)
+
+
+class Attention(nn.Module):
+    """Every pixel looks at every pixel: one head over all channels, added to its input."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.norm = group_norm(channels)
+        self.qkv = init_(nn.Conv2d(channels, 3 * channels, 1), 0.2)
+        self.proj = init_(nn.Conv2d(channels, channels, 1), NEARLY_ZERO)
+
+    def forward(self, x):
+        b, c, height, width = x.shape
+        q, k, v = self.qkv(self.norm(x)).view(b, 3, c, height * width).transpose(2, 3).unbind(1)  # each (B, HW, C)
+        h = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]  # (B, HW, C): one head
+        h = h.transpose(1, 2).reshape(b, c, height, width)
+        return (x + self.proj(h)) * math.sqrt(0.5)
+
+
+class ResBlock(nn.Module):
+    """Two 3x3 convolutions that are told the time, added to their input; may change the size, and may end in attention."""
+
+    def __init__(self, c_in, c_out, c_emb, dropout, attention=False, up=False, down=False):
+        super().__init__()
+        self.up, self.down = up, down
+        self.norm0 = group_norm(c_in)
+        self.conv0 = init_(nn.Conv2d(c_in, c_out, 3, padding=1))
+        self.emb = init_(nn.Linear(c_emb, c_out))
+        self.norm1 = group_norm(c_out)
+        self.dropout = nn.Dropout(dropout)
+        self.conv1 = init_(nn.Conv2d(c_out, c_out, 3, padding=1), NEARLY_ZERO)
+        self.skip = init_(nn.Conv2d(c_in, c_out, 1)) if c_in != c_out or up or down else nn.Identity()
+        self.attention = Attention(c_out) if attention else nn.Identity()
+
+    def resample(self, x):
+        if self.up:
+            return F.interpolate(x, scale_factor=2, mode="nearest")  # (B, C, 2H, 2W)
+        return F.avg_pool2d(x, 2) if self.down else x  # (B, C, H/2, W/2)
+
+    def forward(self, x, emb):
+        h = self.conv0(self.resample(F.silu(self.norm0(x))))
+        h = h + self.emb(F.silu(emb))[:, :, None, None]
+        h = self.conv1(self.dropout(F.silu(self.norm1(h))))
+        x = self.skip(self.resample(x))
+        return self.attention((x + h) * math.sqrt(0.5))
+
+
+class UNet(nn.Module):
+    """The velocity network v(x_t, t): the paper's NCSN++ in its "DDPM++" form, which is also EDM's SongUNet.
+
+    image_size  height and width of the images; must halve len(mult) - 1 times
+    base, mult  channels of the first level, and of each level in multiples of it
+    blocks      residual blocks per level
+    attn        attention follows the residual blocks at these sizes (and always in the middle)
+    classes     number of class labels, 0 for none
+    """
+
+    def __init__(self, image_size, channels=3, base=64, mult=(1, 2, 2), blocks=2, attn=(16,), classes=0, dropout=0.0):
+        super().__init__()
+        self.args = dict(image_size=image_size, channels=channels, base=base, mult=tuple(mult), blocks=blocks,
+                         attn=tuple(attn), classes=classes, dropout=dropout)
+        require(mult and min(mult) >= 1 and blocks >= 1 and base >= 4, f"the network needs base >= 4, blocks >= 1 and a mult "
+                f"of at least one positive number, not base {base}, blocks {blocks}, mult {tuple(mult)}")
+        halvings = len(mult) - 1
+        require(image_size % 2**halvings == 0, f"image_size {image_size} cannot be halved {halvings} times, as mult "
+                f"{tuple(mult)} asks for: it must be a multiple of {2**halvings}")
+        c_emb = 4 * base
+        self.time0, self.time1 = init_(nn.Linear(base, c_emb)), init_(nn.Linear(c_emb, c_emb))
+        self.label = init_(nn.Linear(classes, base)) if classes else None
+        self.conv_in = init_(nn.Conv2d(channels, base, 3, padding=1))
+
+        c, size, skips = base, image_size, [base]  # skips: the widths that the decoder will find on the stack
+        self.encoder, self.decoder = nn.ModuleList(), nn.ModuleList()
+        for level, m in enumerate(mult):
+            for _ in range(blocks):
+                self.encoder.append(ResBlock(c, base * m, c_emb, dropout, attention=size in attn))
+                c = base * m
+                skips.append(c)
+            if level < halvings:
+                self.encoder.append(ResBlock(c, c, c_emb, dropout, down=True))
+                size //= 2
+                skips.append(c)
+        self.middle = nn.ModuleList([ResBlock(c, c, c_emb, dropout, attention=True), ResBlock(c, c, c_emb, dropout)])
+        for level, m in reversed(list(enumerate(mult))):
+            for i in range(blocks + 1):
+                last = i == blocks
+                self.decoder.append(ResBlock(c + skips.pop(), base * m, c_emb, dropout, attention=last and size in attn))
+                c = base * m
+            if level > 0:
+                self.decoder.append(ResBlock(c, c, c_emb, dropout, up=True))
+                size *= 2
+        self.norm_out = group_norm(c)
+        self.conv_out = init_(nn.Conv2d(c, channels, 3, padding=1), NEARLY_ZERO)
+
+    def embed(self, t, labels):
+        """Time (B,) in [0, 1], and labels (B,) where there are classes -> (B, 4 base)."""
+        require((labels is None) == (self.label is None), f"this network has {self.args['classes']} classes: it takes "
+                + ("no labels" if self.label is None else "a label for each image"))
+        half = self.args["base"] // 2
+        k = torch.arange(half, device=t.device, dtype=torch.float32)
+        angles = 999 * t[:, None] * torch.exp(-k * math.log(10_000) / (half - 1))  # (B, base / 2); 999: official code
+        emb = torch.cat([angles.sin(), angles.cos()], dim=1)  # (B, base)
+        if labels is not None:
+            one_hot = F.one_hot(labels, self.args["classes"]).to(emb.dtype)
+            emb = emb + self.label(one_hot * math.sqrt(self.args["classes"]))
+        return self.time1(F.silu(self.time0(emb)))
+
+    def forward(self, x, t, labels=None):
+        """x (B, C, H, W), t (B,) in [0, 1], labels int64 (B,) or None -> velocity (B, C, H, W)."""
+        emb = self.embed(t, labels)
+        h = self.conv_in(x)
+        skips = [h]
+        for block in self.encoder:
+            h = block(h, emb)
+            skips.append(h)
+        for block in self.middle:
+            h = block(h, emb)
+        for block in self.decoder:
+            if not block.up:
+                h = torch.cat([h, skips.pop()], dim=1)
+            h = block(h, emb)
+        return self.conv_out(F.silu(self.norm_out(h)))
+
+
+def count_parameters(net):
+    return sum(p.numel() for p in net.parameters())
+
+
+# ---------------------------------------------------------------------------------------------------------- sampling
+
+@torch.no_grad()
+def euler(net, noise, steps, labels=None):
+    """Follows the flow from noise (B, C, H, W) to an image in about [-1, 1]: exactly `steps` calls of the network.
+
+    One step is noise + v(noise, EPS).
+    """
+    x = noise
+    for i in range(steps):
+        # dx/dt = v(x, t):  x <- x + v(x, t_i) / N,  t_i = EPS + (1 - EPS) i / N
+        t = torch.full((len(x),), EPS + (1 - EPS) * i / steps, device=x.device)
+        x = x + net(x, t, labels) / steps
+    return x
+
+
+def generate(net, seed, indices, steps, labels=None, batch=256):
+    """euler() from noise_for(seed, indices), in batches: yields (slice of the indices, images float32 on the CPU)."""
+    device = next(net.parameters()).device
+    shape = (net.args["channels"], net.args["image_size"], net.args["image_size"])
+    for first in range(0, len(indices), batch):
+        rows = slice(first, min(first + batch, len(indices)))
+        noise = noise_for(seed, indices[rows], shape).to(device)
+        yield rows, euler(net, noise, steps, None if labels is None else labels[rows].to(device)).cpu()
+
+
+def labels_for(seed, n, classes):
+    """n labels int64, uniform over the classes; None where there are no classes."""
+    return torch.from_numpy(np.random.default_rng(seed).integers(classes, size=n)) if classes else None
+
+
+def make_pairs(path, cfg, net, n, steps, first_index):
+    """Writes n pairs (noise, ODE[net](noise)) to `path`: images as float16, and the noise only as (seed, first index).
+
+    Says before it starts how many network calls, how much disk and about how long it will take.
+    """
+    size, channels = net.args["image_size"], net.args["channels"]
+    labels = labels_for(cfg.seed, n, net.args["classes"])
+    images = torch.empty(n, channels, size, size, dtype=torch.float16)
+    indices = torch.arange(first_index, first_index + n)
+    free = shutil.disk_usage(next(p for p in [Path(path), *Path(path).parents] if p.exists())).free
+    require(free > images.nbytes, f"{path} needs {images.nbytes / 1e6:.0f} MB and only {free / 1e6:.0f} MB are free there")
+
+    started = time.time()
+    for _ in generate(net, cfg.seed, indices[:cfg.sample_batch], 2, None if labels is None else labels[:cfg.sample_batch]):
+        pass  # two calls for one batch, to estimate the time
+    left = time_left(started, 2 * min(n, cfg.sample_batch), n * steps + 2 * min(n, cfg.sample_batch))
+    print(f"{n} pairs x {steps} calls = {n * steps:,} images through the network | {images.nbytes / 1e6:.0f} MB in {path} | "
+          f"about {left}", flush=True)
+
+    started = reported = time.time()
+    for rows, x in generate(net, cfg.seed, indices, steps, labels, cfg.sample_batch):
+        require(x.isfinite().all(), f"the network made images that are not finite (pairs {rows.start} to {rows.stop})")
+        images[rows] = x
+        if time.time() - reported > 10:
+            reported = time.time()
+            print(f"pairs {rows.stop}/{n} | left {time_left(started, rows.stop, n)}", flush=True)
+    save(path, cfg, images=images, labels=labels, noise_seed=cfg.seed, first_index=first_index, network=net.args)
+    return images
+
+
+def pair_batch(pairs, batch, device):
+    """A random batch of an artifact that make_pairs wrote: noise, data, labels (or None)."""
+    i = torch.randint(len(pairs["images"]), (batch,))
+    data = pairs["images"][i].float()
+    noise = noise_for(pairs["noise_seed"], i + pairs["first_index"], data.shape[1:])
+    labels = None if pairs["labels"] is None else pairs["labels"][i].to(device)
+    return noise.to(device), data.to(device), labels
+
+
+# ---------------------------------------------------------------------------------------------------------- training
+
+@torch.no_grad()
+def ema_update(ema, net, decay, n):
+    """theta' <- d theta' + (1 - d) theta,  d = min(decay, (1 + n) / (10 + n)),  n = updates so far, this one included."""
+    d = min(decay, (1 + n) / (10 + n))
+    torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - d)
+
+
+def learning_rate(step, cfg):
+    """Rises over the first cfg.warmup steps, falls to 0 over the last cfg.cooldown (a fraction of all steps)."""
+    rise = min(1.0, (step + 1) / max(1, cfg.warmup))
+    fall = min(1.0, (cfg.steps - step) / max(1.0, cfg.cooldown * cfg.steps))
+    return cfg.lr * rise * fall
+
+
+def train(name, cfg, net, loss_at, note=None):
+    """The training loop of 01, 03 and 04. Returns (EMA network, the loss of every step).
+
+    loss_at(step)   scalar loss tensor of that step; takes all its randomness from torch's global generator
+    note(step)      text for the log line, such as the current beta
+    Adam, gradient norm clipped at cfg.clip, EMA. Raises UserError at a loss that is not finite.
+    """
+    ema = copy.deepcopy(net).eval().requires_grad_(False)
+    optimizer = torch.optim.Adam(net.parameters(), lr=cfg.lr, betas=(0.9, 0.999), eps=1e-8)  # paper
+    losses, recent, started = [], [], time.time()
+    net.train()
+    for step in range(cfg.steps):
+        # Randomness is a function of (seed, step): no state to carry from step to step.
+        torch.manual_seed(int(np.random.SeedSequence([cfg.seed, step]).generate_state(1)[0]))
+
+        loss = loss_at(step)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(net.parameters(), cfg.clip)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, cfg)
+        optimizer.step()
+        ema_update(ema, net, cfg.ema, step + 1)
+
+        recent.append(loss.detach())
+        if (step + 1) % cfg.log_every == 0 or step + 1 == cfg.steps:
+            recent = torch.stack(recent).tolist()  # the only place that waits for the GPU
+            bad = [step + 1 - len(recent) + i for i, value in enumerate(recent) if not math.isfinite(value)]
+            require(not bad, f"the loss was not finite at step {bad[0] if bad else 0}: nothing was saved. Try a lower --lr")
+            losses += recent
+            speed = cfg.batch * (step + 1) / (time.time() - started)
+            extra = f"{note(step)} | " if note else ""
+            print(f"{name} | step {step + 1:>6}/{cfg.steps} | loss {sum(recent) / len(recent):.4f} | {extra}"
+                  f"lr {learning_rate(step, cfg):.1e} | {speed:.0f} img/s | left {time_left(started, step + 1, cfg.steps)}",
+                  flush=True)
+            recent = []
+    return ema, losses
