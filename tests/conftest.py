@@ -1,0 +1,52 @@
+"""Shared by the tests: the scripts as modules (their names start with a digit, so they are loaded by path)."""
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+NAMES = {"01": "01_train_teacher", "02": "02_generate_pairs", "03": "03_annealing_reflow", "04": "04_flow_guided_distill",
+         "05": "05_eval_fid"}
+
+
+def load_script(number):
+    name = NAMES[number]
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, ROOT / f"{name}.py")
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+def run_script(number, *arguments, cwd):
+    """Runs a script as a user would; returns the finished process with its output as text."""
+    return subprocess.run([sys.executable, str(ROOT / f"{NAMES[number]}.py"), *map(str, arguments)], cwd=cwd, text=True,
+                          capture_output=True, timeout=170)
+
+
+class Field(torch.nn.Module):
+    """Stand-in network: a known velocity field v(x, t, labels) given as a function; counts its calls, keeps the last labels."""
+
+    def __init__(self, velocity):
+        super().__init__()
+        self.velocity, self.times = velocity, []
+        self.scale = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, x, t, labels=None):
+        self.times.append(t.clone())
+        self.labels = labels
+        return self.scale * self.velocity(x, t[:, None, None, None])
+
+
+@pytest.fixture
+def stage():
+    return load_script
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
