@@ -13,14 +13,14 @@ Next    python 03_annealing_reflow.py
 """
 from dataclasses import dataclass
 
-from common import PAIRS, Settings, check_ranges, count_parameters, load_network, make_pairs, run, save_grid, start
+from common import PAIRS, Settings, check_ranges, command_for, count_parameters, load_network, make_pairs, run, save_grid, start
 
 
 @dataclass
 class Config(Settings):
-    n_pairs: int = 8192  # pairs to make. ours; paper: 50,000 or more
-    sample_steps: int = 25  # Euler steps, each one network call per image. ours
-    sample_batch: int = 256  # images per network call: speed and memory only, the pairs are the same. ours
+    n_pairs: int = 2560  # pairs to make. ours; paper: 50,000 or more
+    sample_steps: int = 16  # Euler steps, each one network call per image. ours
+    sample_batch: int = 128  # images per network call: speed and memory only, the pairs are the same. ours
 
     def __post_init__(self):
         check_ranges(self, n_pairs=(1, 10**9), sample_steps=(1, None), sample_batch=(1, None))
@@ -50,7 +50,7 @@ def main(cfg):
 
     # 3. Look at the first.
     save_grid(cfg.folder / "02_pairs.png", images[:64].split(8))
-    print(f"wrote {path}, 02_pairs.png | next: python 03_annealing_reflow.py")
+    print(f"wrote {path}, 02_pairs.png | next: {command_for('03_annealing_reflow.py', cfg)}")
 
 
 if __name__ == "__main__":

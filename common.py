@@ -118,7 +118,7 @@ def read_settings(config, presets, doc, argv=None):
 
 
 def run(main, config, presets, doc):
-    """The guard of every script: settings, main(cfg), and one clear line instead of a traceback where a person can help."""
+    """The guard of every script: settings, main(cfg), and one clear line, not a traceback, where a person can help."""
     try:
         main(read_settings(config, presets, doc))
     except (UserError, OSError) as error:
@@ -146,7 +146,13 @@ def start(cfg, name):
 # ------------------------------------------------------------------------------------------------------------- files
 
 MADE_BY = {"01_teacher.pt": "01_train_teacher.py", "02_pairs.pt": "02_generate_pairs.py",
-           "03_reflow.pt": "03_annealing_reflow.py", "04_pairs.pt": "04_flow_guided_distill.py", "04_student.pt": "04_flow_guided_distill.py"}
+           "03_reflow.pt": "03_annealing_reflow.py", "04_pairs.pt": "04_flow_guided_distill.py",
+           "04_student.pt": "04_flow_guided_distill.py"}
+
+
+def command_for(script, cfg):
+    """The command line that runs another stage for the same preset and output folder."""
+    return f"python {script} --preset {cfg.preset}" + (f" --out {cfg.out}" if cfg.out != "out" else "")
 
 
 @contextmanager
@@ -182,7 +188,7 @@ def save(path, cfg, **content):
 def load(path, cfg):
     """Reads an artifact of this preset. Raises UserError if it is missing, damaged, or another preset's. Never unpickles."""
     path = Path(path)
-    command = f"python {MADE_BY[path.name]} --preset {cfg.preset}" + (f" --out {cfg.out}" if cfg.out != "out" else "")
+    command = command_for(MADE_BY[path.name], cfg)
     require(path.exists(), f"{path} is missing; make it with: {command}")
     try:
         artifact = torch.load(path, map_location="cpu", weights_only=True)
@@ -207,7 +213,7 @@ def load_network(path, cfg, device):
     except (KeyError, TypeError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path} holds weights that do not fit the network it describes ({reason}); "
-                        f"make it again with: python {MADE_BY[Path(path).name]} --preset {cfg.preset}") from error
+                        f"make it again with: {command_for(MADE_BY[Path(path).name], cfg)}") from error
     return net.to(device).eval(), artifact
 
 
@@ -456,7 +462,7 @@ def read_image_files(path, image_size, memory_gb, skip_bad, cache):
 
 
 def read_labels(path, names, dataset_json):
-    """Labels int64 (len(names),) from dataset.json's bytes or, where there is none, from the folders; None if there are none."""
+    """Labels int64 (len(names),) from dataset.json's bytes or, without it, from the folders; None if there are none."""
     if dataset_json is None:
         folders = [name.rpartition("/")[0] for name in names]
         classes = {folder: i for i, folder in enumerate(sorted(set(folders)))}
@@ -469,7 +475,8 @@ def read_labels(path, names, dataset_json):
     absent, unlabelled = sorted(set(labels) - set(names)), [name for name in names if name not in labels]
     wrong = [pair for pair in labels.items() if type(pair[1]) is not int or pair[1] < 0]
     require(not absent, f"{path}: dataset.json has labels for {len(absent)} images that are not there, first {absent[:1]}")
-    require(not labels or not unlabelled, f"{path}: dataset.json has no label for {len(unlabelled)} images, first {unlabelled[:1]}")
+    require(not labels or not unlabelled,
+            f"{path}: dataset.json has no label for {len(unlabelled)} images, first {unlabelled[:1]}")
     require(not wrong, f"{path}: a label in dataset.json must be an integer from 0: {wrong[:1]}")
     return np.array([labels[name] for name in names]) if labels else None
 
@@ -482,8 +489,8 @@ def decode_all(path, names, read, image_size, skip_bad):
         try:
             image = decode(read(name), image_size)
         except (OSError, SyntaxError, ValueError, zipfile.BadZipFile, zlib.error, Image.DecompressionBombError) as error:
-            require(skip_bad, f"{path}: {name} is not a PNG, JPEG or WebP image that can be read ({error}); remove it, or leave "
-                    "such files out with --skip_bad")
+            require(skip_bad, f"{path}: {name} is not a PNG, JPEG or WebP image that can be read ({error}); remove it, or "
+                    "leave such files out with --skip_bad")
             continue
         n_good += 1
         yield i, image
@@ -678,6 +685,12 @@ def generate(net, seed, indices, steps, labels=None, batch=256):
 def labels_for(seed, n, classes):
     """n labels int64, uniform over the classes; None where there are no classes."""
     return torch.from_numpy(np.random.default_rng(seed).integers(classes, size=n)) if classes else None
+
+
+def evaluation_samples(net, seed, n, steps):
+    """The first n (n, 3, H, W) of the images that stage 05 judges: from the same noise and labels, on the CPU."""
+    indices = torch.arange(EVALUATION, EVALUATION + n)
+    return torch.cat([x for _, x in generate(net, seed, indices, steps, labels_for(seed, n, net.args["classes"]))])
 
 
 def make_pairs(path, cfg, net, n, steps, first_index):

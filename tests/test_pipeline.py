@@ -1,5 +1,6 @@
 """All five scripts as a user runs them, on a few images for a few steps; and every way in which they must refuse to run."""
 import json
+import re
 import shutil
 import zipfile
 
@@ -91,6 +92,8 @@ def test_the_student_can_learn_from_the_flows_own_pairs_without_guidance(finishe
     flow, _ = common.load_network(tmp_path / "shapes/03_reflow.pt", common.Settings(out=str(tmp_path)), "cpu")
     expected = common.euler(flow, noise_for(0, range(common.OWN_PAIRS, common.OWN_PAIRS + 20), (3, 16, 16)), 2)
     torch.testing.assert_close(pairs["images"].float(), expected, atol=4e-3, rtol=1e-3)
+    noise, data, _ = common.pair_batch(pairs, 8, "cpu")
+    torch.testing.assert_close(data, common.euler(flow, noise, 2), atol=4e-3, rtol=1e-3)
 
 
 def test_own_images_class_conditional_end_to_end(tmp_path):
@@ -148,7 +151,7 @@ def test_bad_settings_are_refused(finished, tmp_path, monkeypatch, number, flag,
     before = {p: p.read_bytes() for p in (tmp_path / "shapes").iterdir()}
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(load_script("05"), "INCEPTION_URL", "http://127.0.0.1:9/inception.pth")
-    assert __import__("re").search(message, refused(number, tmp_path, flag))
+    assert re.search(message, refused(number, tmp_path, flag))
     assert {p: p.read_bytes() for p in (tmp_path / "shapes").iterdir()} == before
 
 
