@@ -18,7 +18,7 @@ from common import PAIRS, Settings, check_ranges, command_for, count_parameters,
 
 @dataclass
 class Config(Settings):
-    n_pairs: int = 2560  # pairs to make. ours; paper: 50,000 or more
+    n_pairs: int = 2048  # pairs to make. ours; paper: 50,000 or more
     sample_steps: int = 16  # Euler steps, each one network call per image. ours
     sample_batch: int = 128  # images per network call: speed and memory only, the pairs are the same. ours
 

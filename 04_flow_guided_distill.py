@@ -32,11 +32,11 @@ class Config(Settings):
     t_low: float = 0.2  # t of the two-step path is uniform from here. official code: 0.2
     t_high: float = 0.8  # ... to here. official code: 0.8
     pairs_from: Literal["teacher", "flow"] = "teacher"  # whose pairs: stage 02's, or the 2-rectified flow's own. paper: flow
-    n_pairs: int = 2560  # pairs to make, with --pairs_from flow. ours; paper: 50,000 or more
+    n_pairs: int = 2048  # pairs to make, with --pairs_from flow. ours; paper: 50,000 or more
     pair_steps: int = 16  # Euler steps of each of them. ours; paper: an RK45 solver
     sample_batch: int = 128  # images per network call while making them. ours
     # Training
-    steps: int = 1400  # optimiser steps. ours; paper: 400,000
+    steps: int = 1200  # optimiser steps. ours; paper: 400,000
     batch: int = 32  # pairs per step, and as many fresh noises. ours; paper: 128
     lr: float = 1.5e-3  # Adam's learning rate. ours; paper: 2e-4
     warmup: int = 0  # steps in which lr rises from 0; official code: none, because the weights are trained already
@@ -72,26 +72,27 @@ def squared_l2(x, y):
 
 
 def first_step(net, noise, labels=None):
-    """v(z, EPS), the velocity at the start: (B, C, H, W)."""
+    """v(z, EPS), the velocity at the start: (B, C, H, W). The student's one call."""
     return net(noise, torch.full((len(noise),), EPS, device=noise.device), labels)
 
 
-def distill_loss(student, noise, data, distance, labels=None):
+def distill_loss(velocity, noise, data, distance):
     """E D( z + v'(z, EPS), x ) on pairs, a scalar. Eq. 8.
 
-    noise, data (B, C, H, W), where data = ODE(noise); labels int64 (B,) or None; distance(x, y) -> (B,).
+    velocity = v'(z, EPS), the student's first step; noise, data, all (B, C, H, W), where data = ODE(noise);
+    distance(x, y) -> (B,).
     """
     # D( z + v'(z, EPS), x )
-    return distance(noise + first_step(student, noise, labels), data).mean()
+    return distance(noise + velocity, data).mean()
 
 
-def guided_loss(student, flow, noise, distance, labels=None, t_low=0.2, t_high=0.8):
+def guided_loss(velocity, flow, noise, distance, labels=None, t_low=0.2, t_high=0.8):
     """E D( z + v'(z, EPS), x_t + (1 - t) v(x_t, t) ) on fresh noise, a scalar. Eqs. 11-13.
 
-    student is v', flow is v (not trained); noise (B, C, H, W); labels int64 (B,) or None; distance(x, y) -> (B,).
-    Eq. 12 takes v for the first step too; the student's own v' costs no further call and, says the paper, is better.
+    velocity = v'(z, EPS), the student's first step; flow is v (not trained); noise, velocity (B, C, H, W); labels int64 (B,)
+    or None; distance(x, y) -> (B,). Eq. 12 takes v for the first step too; the student's own v' costs no further call and,
+    says the paper, is better.
     """
-    velocity = first_step(student, noise, labels)
     with torch.no_grad():
         t = t_low + (t_high - t_low) * torch.rand(len(noise), device=noise.device)  # (B,)
         s = t[:, None, None, None]
@@ -128,11 +129,14 @@ def main(cfg):
     # 3. Training: L_distill + guidance * L_2step.
     def loss_at(step):
         noise, data, labels = pair_batch(pairs, cfg.batch, device)
-        loss = distill_loss(student, noise, data, squared_l2, labels)
-        if cfg.guidance:
-            fresh = torch.randn_like(noise)
-            loss = loss + cfg.guidance * guided_loss(student, flow, fresh, squared_l2, labels, cfg.t_low, cfg.t_high)
-        return loss
+        if not cfg.guidance:
+            return distill_loss(first_step(student, noise, labels), noise, data, squared_l2)
+        # One call of the student on both noises, the pairs' and fresh ones, serves both losses.
+        fresh = torch.randn_like(noise)
+        both_labels = None if labels is None else labels.repeat(2)
+        v_pair, v_fresh = first_step(student, torch.cat([noise, fresh]), both_labels).chunk(2)
+        return (distill_loss(v_pair, noise, data, squared_l2)
+                + cfg.guidance * guided_loss(v_fresh, flow, fresh, squared_l2, labels, cfg.t_low, cfg.t_high))
 
     ema, losses = train("04 student", cfg, student, loss_at)
 

@@ -40,7 +40,7 @@ class Config(Settings):
     sample_batch: int = 128  # images per network call. ours
     inception_weights: str = ""  # path of the Inception weights; empty: download them into data/ (91 MB)
     feature_batch: int = 64  # images per call of Inception. ours
-    feature_steps: int = 300  # training steps of FD-shapes' classifier. ours
+    feature_steps: int = 200  # training steps of FD-shapes' classifier. ours
     data: str = ""  # images to compare with; empty: those that the teacher was trained on
     memory_gb: float = 4.0  # GB; a larger folder or zip is memory-mapped from a file. ours
     skip_bad: bool = False  # leave out files that are not readable images, instead of stopping

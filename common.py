@@ -488,7 +488,8 @@ def decode_all(path, names, read, image_size, skip_bad):
     for i, name in enumerate(names):
         try:
             image = decode(read(name), image_size)
-        except (OSError, SyntaxError, ValueError, zipfile.BadZipFile, zlib.error, Image.DecompressionBombError) as error:
+        except (OSError, SyntaxError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error,
+                Image.DecompressionBombError) as error:
             require(skip_bad, f"{path}: {name} is not a PNG, JPEG or WebP image that can be read ({error}); remove it, or "
                     "leave such files out with --skip_bad")
             continue
@@ -507,7 +508,7 @@ def decode(content, image_size):
     if image.size != (image_size, image_size):
         side = min(image.size)
         left, top = (image.width - side) // 2, (image.height - side) // 2
-        image = image.resize((image_size, image_size), Image.LANCZOS, box=(left, top, left + side, top + side))
+        image = image.crop((left, top, left + side, top + side)).resize((image_size, image_size), Image.LANCZOS)
     return np.asarray(image).transpose(2, 0, 1)
 
 

@@ -103,7 +103,7 @@ def test_distill_loss_is_one_step_at_eps(stage):
     s, z = stage("04"), torch.randn(8, 3, 4, 4)
     student = Field(lambda x, t: 0.5 * x + t)
     data = torch.randn_like(z)
-    loss = s.distill_loss(student, z, data, s.squared_l2)
+    loss = s.distill_loss(s.first_step(student, z), z, data, s.squared_l2)
     torch.testing.assert_close(loss, (1.5 * z + EPS - data).square().mean())
     assert s.squared_l2(z, data).shape == (8,)
     loss.backward()
@@ -114,7 +114,7 @@ def test_guided_loss_follows_the_students_own_first_step_then_the_flow(stage):
     # v' = a z, v = b x: x_t = (1 + t a) z, target = x_t (1 + (1 - t) b); the student's jump is (1 + a) z.
     s, z, a, b, t = stage("04"), torch.randn(8, 3, 4, 4), 0.5, -0.8, 0.4
     student, flow = Field(lambda x, t: a * x), Field(lambda x, t: b * x)
-    loss = s.guided_loss(student, flow, z, s.squared_l2, t_low=t, t_high=t)
+    loss = s.guided_loss(s.first_step(student, z), flow, z, s.squared_l2, t_low=t, t_high=t)
     expected = ((1 + a) - (1 + t * a) * (1 + (1 - t) * b)) ** 2 * z.square().mean()
     torch.testing.assert_close(loss, expected)
     assert len(student.times) == len(flow.times) == 1
@@ -127,7 +127,8 @@ def test_guided_loss_follows_the_students_own_first_step_then_the_flow(stage):
 def test_guided_loss_draws_t_between_its_bounds(stage):
     s = stage("04")
     flow = Field(lambda x, t: x)
-    s.guided_loss(Field(lambda x, t: x), flow, torch.randn(500, 1, 2, 2), s.squared_l2, t_low=0.2, t_high=0.8)
+    z = torch.randn(500, 1, 2, 2)
+    s.guided_loss(z, flow, z, s.squared_l2, t_low=0.2, t_high=0.8)
     assert flow.times[0].min() >= 0.2 and flow.times[0].max() <= 0.8 and abs(flow.times[0].std() - 0.173) < 0.02
 
 
@@ -135,9 +136,8 @@ def test_losses_pass_the_labels_on(stage):
     z, labels = torch.randn(2, 3, 4, 4), torch.tensor([1, 0])
     for loss in (lambda net: stage("01").flow_loss(net, z, z, labels),
                  lambda net: stage("03").reflow_loss(net, z, z, 0.5, labels),
-                 lambda net: stage("04").distill_loss(net, z, z, stage("04").squared_l2, labels),
-                 lambda net: stage("04").guided_loss(net, Field(lambda x, t: x), z, stage("04").squared_l2, labels),
-                 lambda net: stage("04").guided_loss(Field(lambda x, t: x), net, z, stage("04").squared_l2, labels)):
+                 lambda net: stage("04").first_step(net, z, labels),
+                 lambda net: stage("04").guided_loss(z, net, z, stage("04").squared_l2, labels)):
         net = Field(lambda x, t: x)
         loss(net)
         assert net.labels is labels
