@@ -10,6 +10,7 @@ later stages are about making them straight, in a smaller network.
 
 Reads   images: --data shapes (drawn by the program), cifar10 (downloaded), or the path of a folder or zip
 Writes  out/<preset>/01_teacher.pt, 01_samples.png, 01_loss.png
+Takes   shapes: 110 s on 2 CPU cores (AMD EPYC, torch 2.13, fp32)
 Next    python 02_generate_pairs.py
 """
 from dataclasses import dataclass

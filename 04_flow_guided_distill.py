@@ -11,6 +11,7 @@ one for every noise: the flow guides the student between the pairs. D is a dista
 
 Reads   out/<preset>/03_reflow.pt; 02_pairs.pt with --pairs_from teacher
 Writes  out/<preset>/04_student.pt, 04_samples.png, 04_loss.png; 04_pairs.pt with --pairs_from flow
+Takes   shapes: 165 s on 2 CPU cores (AMD EPYC, torch 2.13, fp32)
 Next    python 05_eval_fid.py
 """
 import copy

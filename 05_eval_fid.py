@@ -10,6 +10,7 @@ drawn, trained here in seconds: its distance is called FD-shapes, and is compara
 
 Reads   out/<preset>/01_teacher.pt, 03_reflow.pt, 04_student.pt; the teacher's data; Inception's weights for FID
 Writes  out/<preset>/05_results.md, 05_results.json, 05_samples.png
+Takes   shapes: 50 s on 2 CPU cores (AMD EPYC, torch 2.13, fp32)
 """
 import json
 import time

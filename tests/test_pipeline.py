@@ -96,6 +96,19 @@ def test_the_student_can_learn_from_the_flows_own_pairs_without_guidance(finishe
     torch.testing.assert_close(data, common.euler(flow, noise, 2), atol=4e-3, rtol=1e-3)
 
 
+def test_each_loss_of_stage_04_gets_the_students_answer_to_its_own_noise(finished, tmp_path, monkeypatch):
+    shutil.copytree(finished / "shapes", tmp_path / "shapes")
+    s, seen = load_script("04"), []
+    distill, guided = s.distill_loss, s.guided_loss
+    monkeypatch.setattr(s, "distill_loss", lambda v, z, *rest: seen.append((v, z)) or distill(v, z, *rest))
+    monkeypatch.setattr(s, "guided_loss", lambda v, flow, z, *rest: seen.append((v, z)) or guided(v, flow, z, *rest))
+    call("04", tmp_path, steps=1)
+    start, _ = common.load_network(tmp_path / "shapes/03_reflow.pt", common.Settings(out=str(tmp_path)), "cpu")
+    assert len(seen) == 2 and not torch.equal(seen[0][1], seen[1][1])
+    for velocity, noise in seen:  # at the first step the student is still the flow
+        torch.testing.assert_close(velocity, s.first_step(start, noise))
+
+
 def test_own_images_class_conditional_end_to_end(tmp_path):
     source = tmp_path / "own.zip"
     with zipfile.ZipFile(source, "w") as archive:
