@@ -38,9 +38,9 @@ class Config(Settings):
     attn: tuple[int, ...] = (8,)  # image sizes at which attention is used. ours; paper: 16
     dropout: float = 0.0  # probability. ours; official code: 0.15
     # Training
-    steps: int = 450  # optimiser steps. ours
+    steps: int = 360  # optimiser steps. ours
     batch: int = 64  # images per step. ours; paper: 128
-    lr: float = 2e-3  # Adam's learning rate. ours; paper: 2e-4
+    lr: float = 8e-3  # Adam's learning rate. ours; paper: 2e-4
     warmup: int = 100  # steps in which lr rises from 0. ours; paper: 5000
     cooldown: float = 0.6  # the last part of all steps, in which lr falls to 0. ours; official code: none
     ema: float = 0.999  # decay of the weights' moving average. ours; paper: 0.999999

@@ -40,7 +40,7 @@ class Config(Settings):
     # Training
     steps: int = 1050  # optimiser steps. ours; paper: 800,000
     batch: int = 64  # pairs per step. ours; paper: 128
-    lr: float = 2e-3  # Adam's learning rate. ours; paper: 2e-4
+    lr: float = 8e-3  # Adam's learning rate. ours; paper: 2e-4
     warmup: int = 100  # steps in which lr rises from 0. ours; paper: 5000
     cooldown: float = 0.6  # the last part of all steps, in which lr falls to 0. ours; official code: none
     ema: float = 0.999  # decay of the weights' moving average. ours; paper: 0.999999
