@@ -5,6 +5,8 @@ noises gives pairs that belong together, unlike stage 01's random couples. They 
 
     dx/dt = v(x, t) from x = z at t = 0:        x <- x + v(x, t_i) / N,  t_i = EPS + (1 - EPS) i / N
 
+An EDM network (extras/import_checkpoint.py), whose students are the paper's best, has its own equation and solver: edm_heun.
+
 The file holds the images (float16) and one seed: pair i's noise is noise_for(seed, i), drawn again when it is needed.
 
 Reads   out/<preset>/01_teacher.pt
@@ -20,7 +22,7 @@ from common import PAIRS, Settings, check_ranges, command_for, count_parameters,
 @dataclass
 class Config(Settings):
     n_pairs: int = 2048  # pairs to make. ours; paper: 50,000 or more
-    sample_steps: int = 16  # Euler steps, each one network call per image. ours
+    sample_steps: int = 16  # Euler steps, each one network call per image. ours; an EDM teacher: 18 steps, 35 calls
     sample_batch: int = 128  # images per network call: speed and memory only, the pairs are the same. ours
 
     def __post_init__(self):
@@ -42,12 +44,12 @@ def main(cfg):
     device = start(cfg, "02 pairs")
 
     # 1. The teacher (its EMA weights are all that stage 01 saved).
-    teacher, _ = load_network(cfg.folder / "01_teacher.pt", cfg, device)
+    teacher, artifact = load_network(cfg.folder / "01_teacher.pt", cfg, device)
     print(f"teacher | {count_parameters(teacher):,} parameters | from {cfg.folder}/01_teacher.pt")
 
     # 2. Noise -> image, with labels drawn uniformly where the teacher knows classes; saved in one file.
     path = cfg.folder / "02_pairs.pt"
-    images = make_pairs(path, cfg, teacher, cfg.n_pairs, cfg.sample_steps, PAIRS)
+    images = make_pairs(path, cfg, teacher, artifact, cfg.n_pairs, cfg.sample_steps, PAIRS)
 
     # 3. Look at the first.
     save_grid(cfg.folder / "02_pairs.png", images[:64].split(8))

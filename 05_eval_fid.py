@@ -8,24 +8,31 @@ A distance compares two sets of images by the features that a fixed network F fi
 With F the Inception network of 2015 and its published weights this is FID. For `shapes`, F is a small classifier of what was
 drawn, trained here in seconds: its distance is called FD-shapes, and is comparable with nothing but itself.
 
+With --images SET --reference SET it measures any images, without a network of ours.
+
 Reads   out/<preset>/01_teacher.pt, 03_reflow.pt, 04_student.pt; the teacher's data; Inception's weights for FID
-Writes  out/<preset>/05_results.md, 05_results.json, 05_samples.png
+Writes  out/<preset>/05_results.md, 05_results.json, 05_samples.png; 05_reference_<key>.npz, so that FID's reference is
+        computed once; with --images: 05_images.md, 05_images.json
 Takes   shapes: 50 s on 2 CPU cores (AMD EPYC, torch 2.13, fp32)
 """
+import hashlib
 import json
-import time
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
-from common import (COLOURS, EVALUATION, SHAPES, Attention, Settings, UserError, check_ranges, count_parameters, download,
-                    draw_shapes, file_digest, from_uint8, generate, labels_for, load_images, load_network, require,
-                    require_same_kind, run, save_grid, start, to_uint8, writing)
+from common import (COLOURS, EVALUATION, SHAPES, Attention, Settings, UserError, check_ranges, count_parameters, draw_shapes,
+                    euler, file_digest, from_uint8, generate, labels_for, load, load_images, load_network, load_strictly,
+                    noise_for, published_weights, require, require_same_kind, run, sampler_of, save_grid, start, to_uint8,
+                    writing)
 
 INCEPTION_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
                  "pt_inception-2015-12-05-6726825d.pth")
@@ -34,15 +41,23 @@ INCEPTION_SHA256 = "6726825d"  # the first digits
 
 @dataclass
 class Config(Settings):
-    metric: Literal["fd_shapes", "fid", "none"] = "fd_shapes"  # the distance; none: pictures, sizes and times only
+    # What is measured, against what
+    only: Literal["all", "teacher", "flow", "student"] = "all"  # which networks
+    images: str = ""  # measure these instead of networks: a folder or zip of images, or an array in .npy or .npz
+    reference: str = ""  # images to compare with, or an .npz with mu and sigma; empty: what the teacher was trained on
     n_samples: int = 1024  # images of each network that are measured. ours; paper: 50,000
-    teacher_steps: int = 25  # Euler steps, each one network call, of the teacher's good samples. ours
+    teacher_steps: int = 25  # Euler steps, each one network call, of the teacher's good samples (EDM: 18). ours
     flow_steps: int = 8  # the same for the 2-rectified flow. ours
     sample_batch: int = 128  # images per network call. ours
+    # The distance
+    metric: Literal["fd_shapes", "fid", "none"] = "fd_shapes"  # the distance; none: pictures, sizes and times only
+    resize: Literal["tf1", "pytorch_fid"] = "tf1"  # to Inception's 299x299. paper: tf1
+    rounding: Literal["round", "truncate"] = "round"  # of a network's images to uint8. paper: truncate
+    allow_few: bool = False  # measure fewer images than there are features (FID: 2048), although that biases the distance
     inception_weights: str = ""  # path of the Inception weights; empty: download them into data/ (91 MB)
-    feature_batch: int = 64  # images per call of Inception. ours
+    any_weights: bool = False  # accept Inception weights that are not the published file; the distance is then not called FID
+    feature_batch: int = 64  # images per call of the feature network. ours
     feature_steps: int = 200  # training steps of FD-shapes' classifier. ours
-    data: str = ""  # images to compare with; empty: those that the teacher was trained on
     memory_gb: float = 4.0  # GB; a larger folder or zip is memory-mapped from a file. ours
     skip_bad: bool = False  # leave out files that are not readable images, instead of stopping
 
@@ -51,7 +66,8 @@ class Config(Settings):
                      feature_batch=(1, None), feature_steps=(1, None), memory_gb=(0, None))
 
 
-PAPER = dict(metric="fid", n_samples=50_000, teacher_steps=100, flow_steps=100)  # ours: Euler steps; paper: RK45
+# paper, but for the Euler steps (RK45 there)
+PAPER = dict(metric="fid", n_samples=50_000, teacher_steps=100, flow_steps=100, rounding="truncate")
 
 PRESETS = {
     "shapes": {},
@@ -64,31 +80,46 @@ PRESETS = {
 
 # ------------------------------------------------------------------------------------------------- the distance
 
+def check_gaussian(mu, sigma, source):
+    """Raises UserError unless mu (D,) and sigma (D, D) can be a mean and a covariance: finite, and sigma symmetric."""
+    require(mu.ndim == 1 and tuple(sigma.shape) == (len(mu), len(mu)), f"{source}: the mean must have shape (D,) and the "
+            f"covariance (D, D), not {tuple(mu.shape)} and {tuple(sigma.shape)}")
+    require(mu.isfinite().all() and sigma.isfinite().all(), f"{source}: mean or covariance has entries that are not finite")
+    require((sigma - sigma.T).abs().max() <= 1e-6 * sigma.abs().max(), f"{source}: the covariance is not symmetric")
+
+
 def frechet_distance(mu1, sigma1, mu2, sigma2):
     """The Frechet distance of two Gaussians, a float >= 0. mu (D,), sigma (D, D) symmetric; computed in float64.
 
     tr (S1 S2)^(1/2) is the sum of the singular values of L1^T L2 where S = L L^T. Each L comes from eigenvectors, without
     those of eigenvalue 0: exact for singular covariances too (fewer images than features), where a matrix root is not.
+    Raises UserError if a covariance is not symmetric or finite, or the two Gaussians differ in dimension.
     """
     def factor(sigma):
-        w, v = torch.linalg.eigh(sigma)
+        w, v = torch.linalg.eigh((sigma + sigma.T) / 2)
         keep = w > len(w) * torch.finfo(w.dtype).eps * w.max()
         return v[:, keep] * w[keep].sqrt()  # (D, rank)
 
-    mu1, sigma1, mu2, sigma2 = (torch.as_tensor(a).to("cpu", torch.float64) for a in (mu1, sigma1, mu2, sigma2))
+    device = mu1.device if torch.is_tensor(mu1) and mu1.is_cuda else "cpu"
+    mu1, sigma1, mu2, sigma2 = (torch.as_tensor(a).to(device, torch.float64) for a in (mu1, sigma1, mu2, sigma2))
+    check_gaussian(mu1, sigma1, "the first Gaussian")
+    check_gaussian(mu2, sigma2, "the second Gaussian")
+    require(len(mu1) == len(mu2), f"the Gaussians have {len(mu1)} and {len(mu2)} dimensions: they are not of the same features")
     root_trace = torch.linalg.svdvals(factor(sigma1).T @ factor(sigma2)).sum()
     return max(0.0, ((mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * root_trace).item())
 
 
-def gaussian(features_of, images, batch, device):
-    """Mean (D,) and covariance (D, D) of the features of uint8 images: sums in float64, so memory does not grow with N."""
-    total, outer = 0.0, 0.0
-    for part in images.split(batch):
-        f = features_of(part.to(device)).cpu().double()  # (B, D)
-        total, outer = total + f.sum(0), outer + f.T @ f
-    n = len(images)
+def gaussian(batches):
+    """Mean (D,) and covariance (D, D), in float64, of features that come in batches (B, D).
+
+    Only two sums are kept, so memory does not grow with the number of images.
+    """
+    n, total, outer = 0, 0.0, 0.0
+    for f in batches:
+        f = f.double()
+        n, total, outer = n + len(f), total + f.sum(0), outer + f.T @ f
     mu = total / n
-    return mu, (outer - n * torch.outer(mu, mu)) / (n - 1)
+    return mu, (outer - n * torch.outer(mu, mu)) / max(1, n - 1)
 
 
 # ------------------------------------------------------------------------------------------------- Inception
@@ -218,22 +249,14 @@ def inception_features(net, images_uint8, resize="tf1"):
     return net(F.interpolate(x, (299, 299), mode="bilinear", align_corners=False) / 127.5 - 1)
 
 
-def load_inception(path, device):
-    """(Inception in eval mode, the first digits of its file's sha256). Downloads and checks the weights if path is empty."""
-    try:
-        path = Path(path or download(INCEPTION_URL, Path("data", INCEPTION_URL.split("/")[-1]), "sha256", INCEPTION_SHA256))
-    except UserError as error:
-        raise UserError(f"{error}. --inception_weights PATH takes it from elsewhere; --metric none goes without") from error
-    require(path.exists(), f"--inception_weights {path} does not exist")
+def load_inception(cfg, device):
+    """(Inception in eval mode, sha256 of its file). Raises UserError where the weights cannot be had or do not fit."""
+    weights, digest = published_weights(cfg.inception_weights, INCEPTION_URL, INCEPTION_SHA256, "inception_weights",
+                                        "--metric none goes without", cfg.any_weights)
     net = Inception()
-    try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-        counters = {key: value for key, value in net.state_dict().items() if key.endswith("num_batches_tracked")}
-        net.load_state_dict({**counters, **weights})  # the published file has no such counters
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path} does not hold the FID Inception weights: {reason}") from error
-    return net.to(device).eval(), file_digest(path, "sha256")[:8]
+    counters = {key: value for key, value in net.state_dict().items() if key.endswith("num_batches_tracked")}
+    load_strictly(net, {**counters, **weights}, "the Inception weights file")  # the published one has no such counters
+    return net.to(device).eval(), digest
 
 
 # ------------------------------------------------------------------------------------------------- FD-shapes
@@ -285,97 +308,245 @@ def train_shape_net(images, attributes, steps, seed, device):
     return net
 
 
+# ------------------------------------------------------------------------------------------------- images and references
+
+def read_set(source, size, cfg):
+    """Images uint8 (N, 3, H, W) from whatever load_images takes, or an array in .npy or .npz; size None: as large as they are.
+
+    An array is (N, H, W, 3) or (N, 3, H, W), uint8 or float in [-1, 1]; an .npz holds one, or one called arr_0.
+    Raises UserError for anything else.
+    """
+    if not source.endswith((".npy", ".npz")):
+        return load_images(source, size, cfg.memory_gb, cfg.skip_bad, Path(cfg.out) / "cache")[0]
+    array = read_arrays(source)
+    array = array.get("arr_0", next(iter(array.values()), np.empty(0)))
+    if array.ndim == 4 and array.shape[3] == 3:
+        array = array.transpose(0, 3, 1, 2)
+    require(array.ndim == 4 and array.shape[1] == 3 and array.size, f"{source} must hold RGB images, (N, H, W, 3) or "
+            f"(N, 3, H, W), not an array of shape {array.shape}; make three equal channels of grayscale")
+    require(size in (None, array.shape[2]) and size in (None, array.shape[3]), f"{source} holds images of "
+            f"{array.shape[3]}x{array.shape[2]} pixels, and the networks make {size}x{size}")
+    require(array.dtype == np.uint8 or array.dtype.kind == "f" and -1.01 <= array.min() and array.max() <= 1.01,
+            f"{source} must hold uint8, or float in [-1, 1], not {array.dtype} from {array.min()} to {array.max()}")
+    images = torch.from_numpy(np.ascontiguousarray(array))
+    return images if array.dtype == np.uint8 else quantise(images, cfg.rounding)
+
+
+def read_arrays(path):
+    """{name: array} of an .npz or .npy file; nothing is unpickled."""
+    try:
+        content = np.load(path, allow_pickle=False)
+        return {"arr_0": content} if isinstance(content, np.ndarray) else dict(content)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} is not an array file that can be read: {error}") from error
+
+
+def quantise(images, rounding):
+    """float -1..1 -> uint8 0..255. Official code truncates, which makes images darker by half a grey level."""
+    return to_uint8(images) if rounding == "round" else ((images.clamp(-1, 1) + 1) / 2 * 255).to(torch.uint8)
+
+
+def read_statistics(source):
+    """(mean, covariance) from an .npz with `mu` and `sigma`, as EDM publishes them; None if source is anything else."""
+    arrays = read_arrays(source) if source.endswith(".npz") else {}
+    if not {"mu", "sigma"} <= set(arrays):
+        return None
+    mu, sigma = (torch.from_numpy(arrays[name]).double() for name in ("mu", "sigma"))
+    check_gaussian(mu, sigma, source)
+    return mu, sigma
+
+
+def reference_gaussian(images, features, protocol, cfg):
+    """(mean, covariance) of the real images' features, uint8 (N, 3, H, W); computed once, where the features stay the same.
+
+    It is kept in 05_reference_<key>.npz; the key is a hash of all pixels and of how the features were made.
+    """
+    if protocol["metric"] == "FD-shapes":  # its feature network is trained anew in every run
+        return gaussian(features([images]))
+    key = hashlib.sha256(images.numpy())
+    key.update(repr((images.shape, protocol)).encode())
+    path = cfg.folder / f"05_reference_{key.hexdigest()[:16]}.npz"
+    if not path.exists():
+        mu, sigma = gaussian(features([images]))
+        with writing(path) as file:
+            np.savez(file, mu=mu.cpu(), sigma=sigma.cpu(), made_from=json.dumps({**protocol, "n_images": len(images)}))
+    return read_statistics(str(path))
+
+
 # ------------------------------------------------------------------------------------------------- the table
 
 def count_macs(net):
     """Multiply-adds of one call for one image, as the paper counts: convolutions and linear layers, without attention."""
-    device = next(net.parameters()).device
-    x = torch.zeros(1, net.args["channels"], net.args["image_size"], net.args["image_size"], device=device)
-    labels = torch.zeros(1, dtype=torch.long, device=device) if net.args["classes"] else None
+    inputs = example_input(net, 1)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        net(x, torch.zeros(1, device=device), labels)
+        net(*inputs)
     counts = counter.get_flop_counts()
     attention = [f"{type(net).__name__}.{name}" for name, module in net.named_modules() if isinstance(module, Attention)]
     return (counter.get_total_flops() - sum(sum(counts[name].values()) for name in attention)) // 2
+
+
+def example_input(net, batch):
+    """Noise, time and labels with which the network can be called."""
+    device = next(net.parameters()).device
+    noise = torch.randn(batch, net.args["channels"], net.args["image_size"], net.args["image_size"], device=device)
+    labels = torch.zeros(batch, dtype=torch.long, device=device) if net.args["classes"] else None
+    return noise, torch.zeros(batch, device=device), labels
+
+
+def seconds_per_call(net, batch):
+    """Median time of one call for a batch of images; waits for the GPU, and warms up first."""
+    inputs = {"net": net, "inputs": example_input(net, batch)}
+    with torch.no_grad():
+        timer = Timer("net(*inputs)", globals=inputs, num_threads=torch.get_num_threads())
+        return timer.blocked_autorange(min_run_time=0.2).median
+
+
+def straightness(net, noise, steps, labels=None):
+    """S(v) = E || (x - z) - v(x_t, t) ||^2 along the flow's own path, per pixel: 0 if it is straight. Paper, Section 4.
+
+    An Euler path ends at x = z + mean v, so this is the variance of v along the path: mean |v|^2 - |x - z|^2.
+    """
+    energy = []
+
+    def observed(x, t, labels):
+        v = net(x, t, labels)
+        energy.append(v.square().mean())
+        return v
+
+    x = euler(observed, noise, steps, labels)
+    return (torch.stack(energy).mean() - (x - noise).square().mean()).item()
+
+
+def table(rows, metric):
+    """The rows as lines of Markdown."""
+    def cell(value, form):
+        return "-" if value is None else form.format(value)
+
+    lines = [f"| network | parameters | MACs | calls | ms per image, one by one | ... in bulk | straightness | {metric} |",
+             "|---|---:|---:|---:|---:|---:|---:|---:|"]
+    for row in rows:
+        cells = [row["network"], cell(row["parameters"], "{:,}"), cell(row["macs"] and row["macs"] / 1e6, "{:,.1f} M"),
+                 cell(row["calls"], "{}"), cell(row["ms_one"], "{:.2f}"), cell(row["ms_bulk"], "{:.2f}"),
+                 cell(row["straightness"], "{:.3f}"), cell(row["distance"], "{:.3f}")]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def feature_network(cfg, size, device):
+    """(F, number of features, its protocol): F maps uint8 (B, 3, H, W) to features (B, D); (None, 0, protocol) for metric none."""
+    if cfg.metric == "none":
+        return None, 0, {"metric": "none"}
+    if cfg.metric == "fd_shapes":
+        net = train_shape_net(*draw_shapes(16_384, size), cfg.feature_steps, cfg.seed, device)
+        features_of = torch.no_grad()(lambda images: net(from_uint8(images)))
+        return features_of, net.head.in_features, {"metric": "FD-shapes", "classifier_steps": cfg.feature_steps}
+    net, digest = load_inception(cfg, device)
+    name = "FID" if digest.startswith(INCEPTION_SHA256) else f"FD-inception-{digest[:8]}"  # only those are FID's
+    protocol = {"metric": name, "resize": cfg.resize, "inception_sha256": digest}
+    return lambda images: inception_features(net, images, cfg.resize), net.fc.in_features, protocol
 
 
 def main(cfg):
     device = start(cfg, "05 evaluation")
     out = cfg.folder
 
-    # 1. Networks: they must belong together.
-    teacher, artifact = load_network(out / "01_teacher.pt", cfg, device)
-    flow, _ = load_network(out / "03_reflow.pt", cfg, device)
-    student, _ = load_network(out / "04_student.pt", cfg, device)
-    require_same_kind(out / "01_teacher.pt", teacher.args, out / "03_reflow.pt", flow.args)
-    require_same_kind(out / "01_teacher.pt", teacher.args, out / "04_student.pt", student.args)
-    size, data = teacher.args["image_size"], cfg.data or artifact["settings"]["data"]
-    require(cfg.metric != "fd_shapes" or data == "shapes", f"FD-shapes measures drawings, not {data}: set --metric fid or none")
+    # 1. What is measured: networks, which must belong together, or the given images.
+    networks = []  # (name, network, artifact, steps)
+    for key, file, name, steps in (("teacher", "01_teacher.pt", "teacher", cfg.teacher_steps),
+                                   ("flow", "03_reflow.pt", "2-rectified flow", cfg.flow_steps),
+                                   ("student", "04_student.pt", "student", 1)):
+        if not cfg.images and cfg.only in ("all", key):
+            net, artifact = load_network(out / file, cfg, device)
+            networks += [(name, net, artifact, n) for n in dict.fromkeys([steps, 1])]
+            require_same_kind(networks[0][0], networks[0][1].args, out / file, net.args)
+    given = read_set(cfg.images, None, cfg) if cfg.images else None
 
-    # 2. The distance: a feature network, and the real images' Gaussian.
-    features_of, protocol = None, {"metric": "none"}
-    if cfg.metric == "fid":
-        inception, digest = load_inception(cfg.inception_weights, device)
-        features_of = lambda images: inception_features(inception, images)
-        name = "FID" if digest == INCEPTION_SHA256 else f"FD-inception-{digest}"  # FID only with the published weights
-        protocol = {"metric": name, "resize": "tf1", "rounding": "round", "inception_sha256": digest}
-    if cfg.metric == "fd_shapes":
-        real, attributes = draw_shapes(16_384, size)
-        shape_net = train_shape_net(real, attributes, cfg.feature_steps, cfg.seed, device)
-        features_of = torch.no_grad()(lambda images: shape_net(from_uint8(images)))
-        protocol = {"metric": "FD-shapes", "classifier_steps": cfg.feature_steps}
-    else:
-        real, _ = load_images(data, size, cfg.memory_gb, cfg.skip_bad, Path(cfg.out) / "cache")
+    # 2. What it is compared with: images, or their statistics.
+    require(not cfg.images or cfg.reference or cfg.metric == "fd_shapes",
+            "--images needs --reference: a set of images, or an .npz with mu and sigma")
+    source = cfg.reference or ("shapes" if cfg.images else load(out / "01_teacher.pt", cfg)["settings"]["data"])
+    require(cfg.metric != "fd_shapes" or source == "shapes",
+            f"FD-shapes measures drawings, not {source}: set --metric fid or none")
+    size = networks[0][1].args["image_size"] if networks else given.shape[-1] if source == "shapes" else None
+    statistics = read_statistics(source)
+    real = None if statistics else read_set(source, size, cfg)
+    if given is not None and real is not None:
+        require(given.shape[2:] == real.shape[2:], f"{cfg.images} holds images of {given.shape[3]}x{given.shape[2]} pixels, and "
+                f"{source} of {real.shape[3]}x{real.shape[2]}: bring them to one size first")
+
+    # 3. The features of both, and the reference's Gaussian.
+    features_of, n_features, protocol = feature_network(cfg, size, device)
+    n_samples, n_reference = len(given) if cfg.images else cfg.n_samples, len(real) if real is not None else None
+    for n, what in ((n_samples, cfg.images or "--n_samples"), (n_reference, source)):
+        require(n is None or n >= n_features or cfg.allow_few, f"{what}: {n} images are fewer than the {n_features} features of "
+                f"{protocol['metric']}, and the distance would come out too large. Give it more, or accept that with --allow_few")
+
+    def features(batches):
+        for batch in batches:
+            for part in batch.split(cfg.feature_batch):
+                f = features_of(part.to(device))
+                yield f.cpu() if device.type == "mps" else f  # MPS has no float64 for the sums
+
     if features_of:
-        reference = gaussian(features_of, real, cfg.feature_batch, device)
-    protocol |= {"n_samples": cfg.n_samples, "n_reference": len(real), "reference": data, "noise_seed": cfg.seed,
-                 "first_index": EVALUATION}
-    print(f"distance | {protocol}", flush=True)
+        reference = statistics or reference_gaussian(real, features, protocol, cfg)
+        require(len(reference[0]) == n_features, f"{source} has statistics of {len(reference[0])} features, and "
+                f"{protocol['metric']} has {n_features}")
+    protocol |= {"n_samples": n_samples, "reference": source, "n_reference": n_reference}
+    if statistics:
+        protocol["reference_sha256"] = file_digest(source, "sha256")
+    if networks:
+        protocol |= {"rounding": cfg.rounding, "noise_seed": cfg.seed, "first_index": EVALUATION}
+    protocol_line = ", ".join(f"{key} {value}" for key, value in protocol.items())
 
-    # 3. Every network, from the same noise and labels.
-    indices = torch.arange(EVALUATION, EVALUATION + cfg.n_samples)
-    labels = labels_for(cfg.seed, cfg.n_samples, teacher.args["classes"])
-    rows, pictures = [], {}
+    # 4. Every network from the same noise and labels, or the given images.
+    rows, pictures = [], {} if real is None else {"real": from_uint8(real[torch.linspace(0, len(real) - 1, 12).long()])}
 
-    def measure(name, images, net=None, calls=0, seconds=0.0):
+    def measure(name, batches, calls=None, **facts):
+        title = f"{name}, {calls} call{'s' * (calls != 1)}" if calls else name
+
+        def passing():  # the first images are kept to be looked at
+            for batch in batches:
+                pictures.setdefault(title, from_uint8(batch[:12]))
+                yield batch
+
         distance = None
         if features_of:
-            distance = frechet_distance(*gaussian(features_of, images, cfg.feature_batch, device), *reference)
-        rows.append({"network": name, "parameters": net and count_parameters(net), "macs": net and count_macs(net),
-                     "calls": calls, "ms_per_image": net and 1000 * seconds / len(images), "distance": distance})
-        pictures[f"{name}, {calls} call{'s' * (calls != 1)}" if calls else name] = from_uint8(images[:12])
-        print(f"measured | {name} | {calls} calls | {'' if distance is None else f'{distance:.3f}'}", flush=True)
+            distance = frechet_distance(*gaussian(features(passing())), *reference)
+            print(f"measured | {title} | {distance:.3f} | {protocol_line}", flush=True)
+        else:
+            next(passing())
+        unknown = dict.fromkeys(["parameters", "macs", "ms_one", "ms_bulk", "straightness"])
+        rows.append({"network": name, "calls": calls, **unknown, **facts, "distance": distance})
 
-    if cfg.metric == "fd_shapes":  # the floor: other drawings by the same hand
-        measure("real (other drawings)", draw_shapes(cfg.n_samples, size, seed=1)[0])
-    else:
-        pictures["real"] = from_uint8(real[torch.linspace(0, len(real) - 1, 12).long()])
-    for name, net, calls in (("teacher", teacher, cfg.teacher_steps), ("teacher", teacher, 1),
-                             ("2-rectified flow", flow, cfg.flow_steps), ("2-rectified flow", flow, 1),
-                             ("student", student, 1)):
-        images = torch.empty(cfg.n_samples, 3, size, size, dtype=torch.uint8)
-        started = time.time()
-        for part, x in generate(net, cfg.seed, indices, calls, labels, cfg.sample_batch):
-            images[part] = to_uint8(x)
-        measure(name, images, net, calls, time.time() - started)
+    if given is not None:
+        measure(cfg.images, given.split(cfg.feature_batch))
+    elif cfg.metric == "fd_shapes":  # the floor: other drawings by the same hand
+        measure("real (other drawings)", draw_shapes(cfg.n_samples, size, seed=1)[0].split(cfg.feature_batch))
+    indices = torch.arange(EVALUATION, EVALUATION + cfg.n_samples)
+    for name, net, artifact, steps in networks:
+        sampler, n_calls = sampler_of(artifact)
+        labels = labels_for(cfg.seed, cfg.n_samples, net.args["classes"])
+        calls, batch = n_calls(steps), min(cfg.sample_batch, cfg.n_samples)
+        samples = generate(net, cfg.seed, indices, steps, labels, cfg.sample_batch, sampler)
+        curved = None
+        if sampler is euler and steps > 1:
+            noise = noise_for(cfg.seed, indices[:batch], (3, size, size)).to(device)
+            curved = straightness(net, noise, steps, None if labels is None else labels[:batch].to(device))
+        ms_one, ms_bulk = (1000 * calls * seconds_per_call(net, n) / n for n in (1, batch))
+        measure(name, (quantise(x, cfg.rounding) for _, x in samples), calls=calls, parameters=count_parameters(net),
+                macs=count_macs(net), ms_one=ms_one, ms_bulk=ms_bulk, straightness=curved)
 
-    # 4. The table and the picture.
-    def cell(value, form):
-        return "-" if value is None else form.format(value)
-
-    table = [f"| network | parameters | MACs | calls | ms per image | {protocol['metric']} |", "|---|---:|---:|---:|---:|---:|"]
-    for row in rows:
-        macs = None if row["macs"] is None else row["macs"] / 1e6
-        cells = [row["network"], cell(row["parameters"], "{:,}"), cell(macs, "{:.1f} M"), row["calls"] or "-",
-                 cell(row["ms_per_image"], "{:.2f}"), cell(row["distance"], "{:.3f}")]
-        table.append(f"| {' | '.join(map(str, cells))} |")
-    with writing(out / "05_results.json") as file:
+    # 5. The table and the picture.
+    stem = "05_images" if cfg.images else "05_results"
+    picture = "05_images.png" if cfg.images else "05_samples.png"
+    lines = table(rows, protocol["metric"])
+    with writing(out / f"{stem}.json") as file:
         file.write(json.dumps({"preset": cfg.preset, "protocol": protocol, "rows": rows}, indent=1).encode())
-    with writing(out / "05_results.md") as file:
-        file.write("\n".join([*table, "", f"{protocol}", ""]).encode())
-    save_grid(out / "05_samples.png", list(pictures.values()), list(pictures))
-    print("\n".join(["", *table, ""]))
-    print(f"wrote {out}/05_results.md, 05_results.json, 05_samples.png")
+    with writing(out / f"{stem}.md") as file:
+        file.write("\n".join([*lines, "", protocol_line, ""]).encode())
+    save_grid(out / picture, list(pictures.values()), list(pictures))
+    print("\n".join(["", *lines, "", protocol_line, ""]))
+    print(f"wrote {out}/{stem}.md, {stem}.json, {picture}")
 
 
 if __name__ == "__main__":

@@ -209,10 +209,9 @@ def load_network(path, cfg, device):
     artifact = load(path, cfg)
     try:
         net = UNet(**artifact["network"])
-        net.load_state_dict(artifact["weights"])
-    except (KeyError, TypeError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path} holds weights that do not fit the network it describes ({reason}); "
+        load_strictly(net, artifact["weights"], path)
+    except (KeyError, TypeError, UserError) as error:
+        raise UserError(f"{path} does not hold the network it describes ({error}); "
                         f"make it again with: {command_for(MADE_BY[Path(path).name], cfg)}") from error
     return net.to(device).eval(), artifact
 
@@ -365,6 +364,46 @@ def download(url, path, algorithm, digest):
     return path
 
 
+def published_weights(path, url, sha256, setting, otherwise, any_weights=False):
+    """(state dict on the CPU, the file's sha256): weights from `path` or, where that is empty, downloaded into data/.
+
+    sha256 is what the file's hash must begin with, unless any_weights; `setting` names the setting that gives the path, and
+    `otherwise` says what goes without these weights. Raises UserError where they cannot be had or are not what they should be.
+    """
+    advice = f"--{setting} PATH takes the file from elsewhere; {otherwise}"
+    try:
+        path = Path(path or download(url, Path("data", url.split("/")[-1]), "sha256", sha256))
+    except UserError as error:
+        raise UserError(f"{error}. {advice}") from error
+    require(path.is_file(), f"--{setting} {path} does not exist; {url} is where it comes from")
+    digest = file_digest(path, "sha256")
+    require(any_weights or digest.startswith(sha256), f"{path} is not the published file: its sha256 begins with "
+            f"{digest[:8]}, not {sha256[:8]}. --any_weights takes it all the same; {advice}")
+    try:
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+        require(isinstance(weights, dict), "it holds no state dict")
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
+        raise UserError(f"{path} does not hold weights: {' '.join(str(error).split())[:200]}") from error
+    return weights, digest
+
+
+def require_same_entries(shapes, weights, source):
+    """Raises UserError unless `weights` has an entry for each in {key: shape}, and no other; it names the first that differ."""
+    shape_of = lambda key: tuple(getattr(weights[key], "shape", ()))
+    faults = {"missing": [key for key in shapes if key not in weights],
+              "unexpected": [key for key in weights if key not in shapes],
+              "misshapen": [f"{key} {shape_of(key)} instead of {tuple(shape)}" for key, shape in shapes.items()
+                            if key in weights and shape_of(key) != tuple(shape)]}
+    found = [f"{len(keys)} entries {fault}, first {', '.join(keys[:3])}" for fault, keys in faults.items() if keys]
+    require(not found, f"{source} does not fit the network: {'; '.join(found)}")
+
+
+def load_strictly(net, weights, source):
+    """net.load_state_dict(weights), with require_same_entries' one line in place of a long message."""
+    require_same_entries({key: value.shape for key, value in net.state_dict().items()}, weights, source)
+    net.load_state_dict(weights)
+
+
 def file_digest(path, algorithm):
     """The file's hash as hexadecimal digits."""
     with open(path, "rb") as file:
@@ -377,14 +416,14 @@ def load_images(source, image_size, memory_gb=4.0, skip_bad=False, cache="out/ca
     source      "shapes" (drawn here; label = shape * 6 + colour), "cifar10" (downloaded into data/), the path of CIFAR-10
                 in its binary version (folder or .tar.gz), or a folder or zip of PNG, JPEG and WebP images. Their labels
                 are in dataset.json, {"labels": [["a/0.png", 3], ...]}, or else the folders they lie in
-    image_size  other sizes are cropped to the centre square and resized (Lanczos)
+    image_size  other sizes are cropped to the centre square and resized (Lanczos); None: as they are, all of one size
     memory_gb   a folder or zip that takes more than this is memory-mapped from a file under `cache`
     skip_bad    leaves out (and counts) files that are not readable images, instead of stopping at the first
 
     Raises UserError for a missing, empty or damaged source, naming the file.
     """
     if source == "shapes":
-        images, attributes = draw_shapes(16_384, image_size)
+        images, attributes = draw_shapes(16_384, image_size or 16)
         return images, (attributes[:, 0] * len(COLOURS) + attributes[:, 1]).long()
     path = download(CIFAR10_URL, "data/cifar-10-binary.tar.gz", "md5", CIFAR10_MD5) if source == "cifar10" else Path(source)
     require(path.exists(), f"{path} does not exist: --data is shapes, cifar10, or the path of a folder or zip of images")
@@ -395,7 +434,7 @@ def load_images(source, image_size, memory_gb=4.0, skip_bad=False, cache="out/ca
 
 def read_cifar10(path, image_size):
     """CIFAR-10's binary version: five files of 10,000 records, each of 1 label byte and 3,072 pixel bytes."""
-    require(image_size == 32, f"{path} holds 32x32 images: set --image_size 32, not {image_size}")
+    require(image_size in (None, 32), f"{path} holds 32x32 images: set --image_size 32, not {image_size}")
     names = [f"data_batch_{i}.bin" for i in range(1, 6)]
     try:
         if path.is_dir():
@@ -436,7 +475,7 @@ def read_image_files(path, image_size, memory_gb, skip_bad, cache):
     labels = read_labels(path, images, read("dataset.json") if described else None)
 
     # 2. Its pixels: in memory or, where they do not fit, in a file that is made once and memory-mapped.
-    shape = (len(images), 3, image_size, image_size)
+    shape = (len(images), *next(decode_all(path, images, read, image_size, skip_bad))[1].shape)  # (N, 3, H, W)
     decoded = decode_all(path, images, read, image_size, skip_bad)
     if math.prod(shape) <= memory_gb * 1e9:
         pixels, kept = np.empty(shape, dtype=np.uint8), []
@@ -482,9 +521,9 @@ def read_labels(path, names, dataset_json):
 
 
 def decode_all(path, names, read, image_size, skip_bad):
-    """Yields (position in names, uint8 (3, image_size, image_size)) for each file that can be decoded."""
+    """Yields (position in names, uint8 (3, H, W), all of one size) for each file that can be decoded."""
     started = reported = time.time()
-    n_good = 0
+    first = None
     for i, name in enumerate(names):
         try:
             image = decode(read(name), image_size)
@@ -493,19 +532,21 @@ def decode_all(path, names, read, image_size, skip_bad):
             require(skip_bad, f"{path}: {name} is not a PNG, JPEG or WebP image that can be read ({error}); remove it, or "
                     "leave such files out with --skip_bad")
             continue
-        n_good += 1
+        first = image if first is None else first
+        require(image.shape == first.shape, f"{path}: {name} has {image.shape[2]}x{image.shape[1]} pixels, and the first image "
+                f"{first.shape[2]}x{first.shape[1]}: all must have one size")
         yield i, image
         if time.time() - reported > 10:
             reported = time.time()
             print(f"reading {path} | {i + 1}/{len(names)} | left {time_left(started, i + 1, len(names))}", flush=True)
-    require(n_good, f"{path}: none of its {len(names)} images can be read")
+    require(first is not None, f"{path}: none of its {len(names)} images can be read")
 
 
 def decode(content, image_size):
-    """The bytes of an image file -> uint8 (3, image_size, image_size): RGB, the centre square, resized."""
+    """The bytes of an image file -> uint8 (3, image_size, image_size): RGB, the centre square, resized; None: as it is."""
     with Image.open(io.BytesIO(content), formats=("PNG", "JPEG", "WEBP")) as image:
         image = image.convert("RGB")
-    if image.size != (image_size, image_size):
+    if image_size and image.size != (image_size, image_size):
         side = min(image.size)
         left, top = (image.width - side) // 2, (image.height - side) // 2
         image = image.crop((left, top, left + side, top + side)).resize((image_size, image_size), Image.LANCZOS)
@@ -584,12 +625,14 @@ class UNet(nn.Module):
     blocks      residual blocks per level
     attn        attention follows the residual blocks at these sizes (and always in the middle)
     classes     number of class labels, 0 for none
+    edm_embedding  round the frequencies of the time embedding as EDM's code does, for weights that were trained there
     """
 
-    def __init__(self, image_size, channels=3, base=64, mult=(1, 2, 2), blocks=2, attn=(16,), classes=0, dropout=0.0):
+    def __init__(self, image_size, channels=3, base=64, mult=(1, 2, 2), blocks=2, attn=(16,), classes=0, dropout=0.0,
+                 edm_embedding=False):
         super().__init__()
         self.args = dict(image_size=image_size, channels=channels, base=base, mult=tuple(mult), blocks=blocks,
-                         attn=tuple(attn), classes=classes, dropout=dropout)
+                         attn=tuple(attn), classes=classes, dropout=dropout, edm_embedding=edm_embedding)
         require(mult and min(mult) >= 1 and blocks >= 1 and base >= 4, f"the network needs base >= 4, blocks >= 1 and a mult "
                 f"of at least one positive number, not base {base}, blocks {blocks}, mult {tuple(mult)}")
         halvings = len(mult) - 1
@@ -629,8 +672,12 @@ class UNet(nn.Module):
                 + ("no labels" if self.label is None else "a label for each image"))
         half = self.args["base"] // 2
         k = torch.arange(half, device=t.device, dtype=torch.float32)
-        angles = 999 * t[:, None] * torch.exp(-k * math.log(10_000) / (half - 1))  # (B, base / 2); 999: official code
-        emb = torch.cat([angles.sin(), angles.cos()], dim=1)  # (B, base)
+        # Official code: 999, and this order of operations, in float32. At angles up to 999 rounding shows in the 5th digit.
+        frequencies = torch.exp(k * -(math.log(10_000) / (half - 1)))
+        if self.args["edm_embedding"]:
+            frequencies = (1 / 10_000) ** (k / (half - 1))  # the same numbers, but for the rounding
+        angles = 999 * t[:, None].float() * frequencies  # (B, base / 2)
+        emb = torch.cat([angles.sin(), angles.cos()], dim=1).to(self.time0.weight.dtype)  # (B, base)
         if labels is not None:
             one_hot = F.one_hot(labels, self.args["classes"]).to(emb.dtype)
             emb = emb + self.label(one_hot * math.sqrt(self.args["classes"]))
@@ -673,14 +720,52 @@ def euler(net, noise, steps, labels=None):
     return x
 
 
-def generate(net, seed, indices, steps, labels=None, batch=256):
-    """euler() from noise_for(seed, indices), in batches: yields (slice of the indices, images float32 on the CPU)."""
+def edm_denoise(net, x, sigma, labels=None):
+    """D(x; sigma), the clean image that an EDM network sees in x (B, C, H, W), noise level sigma (a float > 0) included.
+
+    Karras et al. 2022 (arXiv 2206.00364), Eq. 7 and Table 1, with sigma_data = 0.5.
+    """
+    c_skip, c_out = 0.25 / (sigma**2 + 0.25), 0.5 * sigma / math.sqrt(sigma**2 + 0.25)
+    c_in, c_noise = 1 / math.sqrt(sigma**2 + 0.25), math.log(sigma) / 4
+    t = torch.full((len(x),), c_noise / 999, device=x.device)  # the network multiplies by 999; EDM passes c_noise itself
+    # D(x; sigma) = c_skip x + c_out F(c_in x; c_noise)
+    return c_skip * x + c_out * net((c_in * x).float(), t, labels).to(x.dtype)
+
+
+@torch.no_grad()
+def edm_heun(net, noise, steps, labels=None):
+    """EDM's sampler: from noise (B, C, H, W) to images, by 2 steps - 1 calls of an EDM network. Karras et al., Algorithm 1.
+
+    Its noise is 80 z, so that z ~ N(0, I) and the image are a pair, as for euler().
+    """
+    low, high, rho = 0.002, 80, 7  # paper (EDM): sigma_min, sigma_max, rho
+    sigmas = [(high ** (1 / rho) + i / max(1, steps - 1) * (low ** (1 / rho) - high ** (1 / rho))) ** rho
+              for i in range(steps)] + [0]
+    x = high * noise.to(torch.float64 if noise.device.type != "mps" else torch.float32)  # official code: double precision
+    for sigma, following in zip(sigmas, sigmas[1:]):
+        # dx/dsigma = (x - D(x; sigma)) / sigma: an Euler step, then (but for the last) the mean of the slopes at both ends
+        slope = (x - edm_denoise(net, x, sigma, labels)) / sigma
+        x_next = x + (following - sigma) * slope
+        if following:
+            slope_next = (x_next - edm_denoise(net, x_next, following, labels)) / following
+            x_next = x + (following - sigma) * (slope + slope_next) / 2
+        x = x_next
+    return x.float()
+
+
+def sampler_of(artifact):
+    """(sampler, calls(steps)) of a saved network: Euler, or for an imported EDM network its own; and how often it calls."""
+    return (edm_heun, lambda steps: 2 * steps - 1) if artifact.get("edm") else (euler, lambda steps: steps)
+
+
+def generate(net, seed, indices, steps, labels=None, batch=256, sampler=euler):
+    """sampler() from noise_for(seed, indices), in batches: yields (slice of the indices, images float32 on the CPU)."""
     device = next(net.parameters()).device
     shape = (net.args["channels"], net.args["image_size"], net.args["image_size"])
     for first in range(0, len(indices), batch):
         rows = slice(first, min(first + batch, len(indices)))
         noise = noise_for(seed, indices[rows], shape).to(device)
-        yield rows, euler(net, noise, steps, None if labels is None else labels[rows].to(device)).cpu()
+        yield rows, sampler(net, noise, steps, None if labels is None else labels[rows].to(device)).cpu()
 
 
 def labels_for(seed, n, classes):
@@ -694,9 +779,10 @@ def evaluation_samples(net, seed, n, steps):
     return torch.cat([x for _, x in generate(net, seed, indices, steps, labels_for(seed, n, net.args["classes"]))])
 
 
-def make_pairs(path, cfg, net, n, steps, first_index):
+def make_pairs(path, cfg, net, artifact, n, steps, first_index):
     """Writes n pairs (noise, ODE[net](noise)) to `path`: images as float16, and the noise only as (seed, first index).
 
+    net, artifact: from load_network.
     Says before it starts how many network calls, how much disk and about how long it will take.
     """
     size, channels = net.args["image_size"], net.args["channels"]
@@ -706,15 +792,16 @@ def make_pairs(path, cfg, net, n, steps, first_index):
     free = shutil.disk_usage(next(p for p in [Path(path), *Path(path).parents] if p.exists())).free
     require(free > images.nbytes, f"{path} needs {images.nbytes / 1e6:.0f} MB and only {free / 1e6:.0f} MB are free there")
 
-    started = time.time()
-    for _ in generate(net, cfg.seed, indices[:cfg.sample_batch], 2, None if labels is None else labels[:cfg.sample_batch]):
-        pass  # two calls for one batch, to estimate the time
-    left = time_left(started, 2 * min(n, cfg.sample_batch), n * steps + 2 * min(n, cfg.sample_batch))
-    print(f"{n} pairs x {steps} calls = {n * steps:,} images through the network | {images.nbytes / 1e6:.0f} MB in {path} | "
-          f"about {left}", flush=True)
+    sampler, calls = sampler_of(artifact)
+    started, first = time.time(), slice(0, min(n, cfg.sample_batch))
+    for _ in generate(net, cfg.seed, indices[first], 2, None if labels is None else labels[first], cfg.sample_batch, sampler):
+        pass  # two steps for one batch, to estimate the time
+    left = time_left(started, calls(2) * first.stop, n * calls(steps) + calls(2) * first.stop)
+    print(f"{n} pairs x {calls(steps)} calls = {n * calls(steps):,} images through the network | "
+          f"{images.nbytes / 1e6:.0f} MB in {path} | about {left}", flush=True)
 
     started = reported = time.time()
-    for rows, x in generate(net, cfg.seed, indices, steps, labels, cfg.sample_batch):
+    for rows, x in generate(net, cfg.seed, indices, steps, labels, cfg.sample_batch, sampler):
         require(x.isfinite().all(), f"the network made images that are not finite (pairs {rows.start} to {rows.stop})")
         images[rows] = x
         if time.time() - reported > 10:
