@@ -45,6 +45,7 @@ class Config(Settings):
     cooldown: float = 0.6  # the last part of all steps, in which lr falls to 0. ours; official code: none
     ema: float = 0.999  # decay of the weights' moving average. ours; paper: 0.999999
     clip: float = 1.0  # largest gradient norm. paper: 1
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # of convolutions and products; auto: bf16 where the hardware has it
     log_every: int = 100  # steps between log lines
     sample_steps: int = 25  # Euler steps of the lower half of the sample picture; the upper half is one call. ours
 

@@ -57,6 +57,7 @@ class Config(Settings):
     cooldown: float = 1.0  # the last part of all steps, in which lr falls to 0. ours; official code: none
     ema: float = 0.995  # decay of the weights' moving average. ours; paper: 0.999999
     clip: float = 1.0  # largest gradient norm. paper: 1
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # of convolutions and products; auto: bf16 where the hardware has it
     log_every: int = 100  # steps between log lines
 
     def __post_init__(self):

@@ -836,6 +836,18 @@ def learning_rate(step, cfg):
     return cfg.lr * rise * fall
 
 
+def autocast(precision, device):
+    """A context in which convolutions and matrix products are bf16; weights, losses and the optimiser stay float32.
+
+    precision "auto": where the hardware computes in bf16 itself, as recent GPUs and server CPUs do. On 2 cores with AVX-512
+    bf16 a step of the shapes networks takes 0.75 to 0.8 of its time in fp32.
+    """
+    native = {"cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False),
+              "cpu": lambda: any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))}
+    wanted = precision == "bf16" or precision == "auto" and native.get(device.type, lambda: False)()
+    return torch.autocast(device.type, torch.bfloat16, enabled=wanted)
+
+
 def train(name, cfg, net, loss_at, note=None):
     """The training loop of 01, 03 and 04. Returns (EMA network, the loss of every step).
 
@@ -846,12 +858,14 @@ def train(name, cfg, net, loss_at, note=None):
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     optimizer = torch.optim.Adam(net.parameters(), lr=cfg.lr, betas=(0.9, 0.999), eps=1e-8, fused=True)  # paper
     losses, recent, started = [], [], time.time()
+    device = next(net.parameters()).device
     net.train()
     for step in range(cfg.steps):
         # Randomness is a function of (seed, step): no state to carry from step to step.
         torch.manual_seed(int(np.random.SeedSequence([cfg.seed, step]).generate_state(1)[0]))
 
-        loss = loss_at(step)
+        with autocast(cfg.precision, device):
+            loss = loss_at(step)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(net.parameters(), cfg.clip)
