@@ -9,7 +9,7 @@ Where lines cross, v learns their average, so the flow's own paths are curved: t
 later stages are about making them straight, in a smaller network.
 
 Reads   images: --data shapes (drawn by the program), cifar10 (downloaded), or the path of a folder or zip
-Writes  out/<preset>/01_teacher.pt, 01_samples.png, 01_loss.png
+Writes  out/<preset>/01_teacher.pt, 01_samples.png, 01_loss.png; 01_state.pt, from which a run continues
 Takes   shapes: 110 s on 2 CPU cores (AMD EPYC, torch 2.13, fp32)
 Next    python 02_generate_pairs.py
 """
@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 
 from common import (EPS, Settings, UNet, check_ranges, command_for, count_parameters, evaluation_samples, from_uint8,
-                    load_images, random_flip, require, run, save_curve, save_grid, save_network, start, train)
+                    load_images, random_flip, require, run, save_curve, save_grid, save_network, say, start, train)
 
 
 @dataclass
@@ -47,18 +47,20 @@ class Config(Settings):
     ema: float = 0.999  # decay of the weights' moving average. ours; paper: 0.999999
     clip: float = 1.0  # largest gradient norm. paper: 1
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # of convolutions and products; auto: bf16 where the hardware has it
+    accumulate: int = 1  # parts of a batch that are computed one after another: less memory, the same result
     log_every: int = 100  # steps between log lines
+    save_every: int = 200  # steps between saved training states, from which a run that was broken off continues
     sample_steps: int = 25  # Euler steps of the sample picture. ours
 
     def __post_init__(self):
         check_ranges(self, image_size=(4, 1024), memory_gb=(0, None), dropout=(0, 0.99), steps=(1, None), batch=(1, None),
-                     lr=(0, 1), warmup=(0, None), cooldown=(0, 1), ema=(0, 1), clip=(1e-6, None), log_every=(1, None),
-                     sample_steps=(1, None))
+                     lr=(0, 1), warmup=(0, None), cooldown=(0, 1), ema=(0, 1), clip=(1e-6, None), accumulate=(1, None), log_every=(1, None),
+                     save_every=(1, None), sample_steps=(1, None))
 
 
 # The paper's recipe. Its teacher was a published 1-rectified flow; 800,000 steps are ours, after its stage 03.
 PAPER = dict(image_size=32, base=128, mult=(1, 2, 2, 2), blocks=4, attn=(16,), dropout=0.15, steps=800_000, batch=128, lr=2e-4,
-             warmup=5000, cooldown=0.0, ema=0.999999, log_every=1000, sample_steps=100)
+             warmup=5000, cooldown=0.0, ema=0.999999, log_every=1000, save_every=5000, sample_steps=100)
 
 PRESETS = {
     "shapes": {},
@@ -72,12 +74,13 @@ PRESETS = {
 }
 
 
-def flow_loss(net, noise, data, labels=None):
+def flow_loss(net, noise, data, labels=None, u=None):
     """E || v(x_t, t) - (x - z) ||^2 with t ~ U[EPS, 1]: the mean over pixels and batch, a scalar.
 
-    noise, data (B, C, H, W); labels int64 (B,) or None.
+    noise, data (B, C, H, W); labels int64 (B,) or None; u (B,) uniform in [0, 1), from which t is made, drawn if None.
     """
-    t = EPS + (1 - EPS) * torch.rand(len(data), device=data.device)  # (B,)
+    u = torch.rand(len(data), device=data.device) if u is None else u
+    t = EPS + (1 - EPS) * u  # (B,)
     # x_t = t x + (1 - t) z
     s = t[:, None, None, None]
     x_t = s * data + (1 - s) * noise
@@ -93,20 +96,20 @@ def main(cfg):
     require(cfg.batch <= len(images), f"--batch {cfg.batch} is larger than the data: {cfg.data} has {len(images)} images")
     require(labels is not None or not cfg.conditional, f"--conditional needs labels, and {cfg.data} has none")
     classes = int(labels.max()) + 1 if cfg.conditional else 0
-    print(f"data | {len(images)} images of {cfg.image_size}x{cfg.image_size} from {cfg.data} | {classes} classes used")
+    say(f"data | {len(images)} images of {cfg.image_size}x{cfg.image_size} from {cfg.data} | {classes} classes used")
 
     # 2. Network.
     net = UNet(cfg.image_size, 3, cfg.base, cfg.mult, cfg.blocks, cfg.attn, classes, cfg.dropout).to(device)
-    print(f"teacher | {count_parameters(net):,} parameters")
+    say(f"teacher | {count_parameters(net):,} parameters")
 
     # 3. Training.
-    def loss_at(step):
-        i = torch.randint(len(images), (cfg.batch,))
+    def loss_at(net, step, part):
+        i = part.randint(len(images))
         data = from_uint8(images[i].to(device))
         if cfg.flip:
-            data, = random_flip(data)
-        noise = torch.randn_like(data)
-        return flow_loss(net, noise, data, labels[i].to(device) if classes else None)
+            data, = random_flip(part.rand(device), data)
+        noise = part.randn(*data.shape[1:], device=device)
+        return flow_loss(net, noise, data, labels[i].to(device) if classes else None, part.rand(device))
 
     ema, losses = train("01 teacher", cfg, net, loss_at)
 
@@ -114,7 +117,7 @@ def main(cfg):
     save_network(cfg.folder / "01_teacher.pt", cfg, ema)
     save_grid(cfg.folder / "01_samples.png", evaluation_samples(ema, cfg.seed, 64, cfg.sample_steps).split(8))
     save_curve(cfg.folder / "01_loss.png", losses, "01 teacher: loss")
-    print(f"wrote {cfg.folder}/01_teacher.pt, 01_samples.png, 01_loss.png | "
+    say(f"wrote {cfg.folder}/01_teacher.pt, 01_samples.png, 01_loss.png | "
           f"next: {command_for('02_generate_pairs.py', cfg)}")
 
 

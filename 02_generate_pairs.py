@@ -10,13 +10,13 @@ An EDM network (extras/import_checkpoint.py), whose students are the paper's bes
 The file holds the images (float16) and one seed: pair i's noise is noise_for(seed, i), drawn again when it is needed.
 
 Reads   out/<preset>/01_teacher.pt
-Writes  out/<preset>/02_pairs.pt, 02_pairs.png
+Writes  out/<preset>/02_pairs.pt, 02_pairs.png; until all pairs are there, 02_pairs.pt.parts, from which a run continues
 Takes   shapes: 40 s on 2 CPU cores (AMD EPYC, torch 2.13, fp32)
 Next    python 03_annealing_reflow.py
 """
 from dataclasses import dataclass
 
-from common import PAIRS, Settings, check_ranges, command_for, count_parameters, load_network, make_pairs, run, save_grid, start
+from common import PAIRS, Settings, check_ranges, command_for, count_parameters, load, load_network, make_pairs, run, save_grid, say, start
 
 
 @dataclass
@@ -45,15 +45,15 @@ def main(cfg):
 
     # 1. The teacher (its EMA weights are all that stage 01 saved).
     teacher, artifact = load_network(cfg.folder / "01_teacher.pt", cfg, device)
-    print(f"teacher | {count_parameters(teacher):,} parameters | from {cfg.folder}/01_teacher.pt")
+    say(f"teacher | {count_parameters(teacher):,} parameters | from {cfg.folder}/01_teacher.pt")
 
     # 2. Noise -> image, with labels drawn uniformly where the teacher knows classes; saved in one file.
     path = cfg.folder / "02_pairs.pt"
-    images = make_pairs(path, cfg, teacher, artifact, cfg.n_pairs, cfg.sample_steps, PAIRS)
+    make_pairs(path, cfg, teacher, artifact, cfg.n_pairs, cfg.sample_steps, PAIRS)
 
     # 3. Look at the first.
-    save_grid(cfg.folder / "02_pairs.png", images[:64].split(8))
-    print(f"wrote {path}, 02_pairs.png | next: {command_for('03_annealing_reflow.py', cfg)}")
+    save_grid(cfg.folder / "02_pairs.png", load(path, cfg)["images"][:64].split(8))
+    say(f"wrote {path}, 02_pairs.png | next: {command_for('03_annealing_reflow.py', cfg)}")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ student begins with an easier problem, and it is changed little by little into t
 beta = 1 is stage 01's problem with the teacher's images as data; beta = 0 is reflow. beta falls from 1 to 0.
 
 Reads   out/<preset>/02_pairs.pt
-Writes  out/<preset>/03_reflow.pt, 03_samples.png, 03_loss.png
+Writes  out/<preset>/03_reflow.pt, 03_samples.png, 03_loss.png; 03_state.pt, from which a run continues
 Takes   shapes: 120 s on 2 CPU cores (AMD EPYC, torch 2.13, fp32)
 Next    python 04_flow_guided_distill.py
 """
@@ -21,14 +21,14 @@ from typing import Literal
 import torch
 
 from common import (EPS, Settings, UNet, check_ranges, command_for, count_parameters, evaluation_samples, load, pair_batch,
-                    random_flip, require, run, save_curve, save_grid, save_network, start, train)
+                    random_flip, require, run, save_curve, save_grid, save_network, say, start, train)
 
 
 @dataclass
 class Config(Settings):
     # Annealing
     schedule: Literal["linear", "cosine", "exponential", "fixed"] = "linear"  # how beta falls. paper: linear is best
-    anneal_steps: int = 400  # K, steps until beta is 0 (exponential: until it is 1/e). ours; paper: 300,000
+    anneal_steps: int = 500  # K, steps until beta is 0 (exponential: until it is 1/e). ours; paper: 300,000
     beta_fixed: float = 0.0  # beta of the fixed schedule; 0 is plain reflow, the paper's baseline
     flip: bool = True  # mirror noise and image of a pair together, with probability 1/2. paper: yes
     # Network: the small student
@@ -38,7 +38,7 @@ class Config(Settings):
     attn: tuple[int, ...] = (8,)  # image sizes at which attention is used. ours; paper: 16
     dropout: float = 0.0  # probability. ours; paper: 0.15
     # Training
-    steps: int = 1050  # optimiser steps. ours; paper: 800,000
+    steps: int = 1400  # optimiser steps. ours; paper: 800,000
     batch: int = 64  # pairs per step. ours; paper: 128
     lr: float = 8e-3  # Adam's learning rate. ours; paper: 2e-4
     warmup: int = 100  # steps in which lr rises from 0. ours; paper: 5000
@@ -46,17 +46,19 @@ class Config(Settings):
     ema: float = 0.999  # decay of the weights' moving average. ours; paper: 0.999999
     clip: float = 1.0  # largest gradient norm. paper: 1
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # of convolutions and products; auto: bf16 where the hardware has it
+    accumulate: int = 1  # parts of a batch that are computed one after another: less memory, the same result
     log_every: int = 100  # steps between log lines
+    save_every: int = 200  # steps between saved training states, from which a run that was broken off continues
     sample_steps: int = 25  # Euler steps of the lower half of the sample picture; the upper half is one call. ours
 
     def __post_init__(self):
         check_ranges(self, anneal_steps=(1, None), beta_fixed=(0, 1), dropout=(0, 0.99), steps=(1, None), batch=(1, None),
-                     lr=(0, 1), warmup=(0, None), cooldown=(0, 1), ema=(0, 1), clip=(1e-6, None), log_every=(1, None),
-                     sample_steps=(1, None))
+                     lr=(0, 1), warmup=(0, None), cooldown=(0, 1), ema=(0, 1), clip=(1e-6, None), accumulate=(1, None), log_every=(1, None),
+                     save_every=(1, None), sample_steps=(1, None))
 
 
 PAPER = dict(anneal_steps=300_000, base=96, mult=(1, 2, 2), blocks=2, attn=(16,), dropout=0.15, steps=800_000, batch=128,
-             lr=2e-4, warmup=5000, cooldown=0.0, ema=0.999999, log_every=1000)
+             lr=2e-4, warmup=5000, cooldown=0.0, ema=0.999999, log_every=1000, save_every=5000)
 
 PRESETS = {
     "shapes": {},
@@ -78,14 +80,17 @@ def beta(step, cfg):
             "fixed": cfg.beta_fixed}[cfg.schedule]
 
 
-def reflow_loss(net, noise, data, beta, labels=None):
+def reflow_loss(net, noise, data, beta, labels=None, fresh=None, u=None):
     """E || v(x_t, t) - (x - z_beta) ||^2 on pairs, with t ~ U[EPS, 1]: the mean over pixels and batch, a scalar. Eq. 9.
 
-    noise, data (B, C, H, W), where data = ODE[teacher](noise); beta in [0, 1]; labels int64 (B,) or None.
+    noise, data (B, C, H, W), where data = ODE[teacher](noise); beta in [0, 1]; labels int64 (B,) or None; fresh = z' ~ N(0, I)
+    and u (B,) uniform in [0, 1), from which t is made: drawn if None.
     """
+    fresh = torch.randn_like(noise) if fresh is None else fresh
+    u = torch.rand(len(data), device=data.device) if u is None else u
     # z_beta = sqrt(1 - beta^2) z + beta z'
-    z_beta = math.sqrt(1 - beta**2) * noise + beta * torch.randn_like(noise)
-    t = EPS + (1 - EPS) * torch.rand(len(data), device=data.device)  # (B,)
+    z_beta = math.sqrt(1 - beta**2) * noise + beta * fresh
+    t = EPS + (1 - EPS) * u  # (B,)
     # x_t = t x + (1 - t) z_beta
     s = t[:, None, None, None]
     x_t = s * data + (1 - s) * z_beta
@@ -101,27 +106,28 @@ def main(cfg):
     pairs = load(path, cfg)
     n, classes, image_size = len(pairs["images"]), pairs["network"]["classes"], pairs["network"]["image_size"]
     require(cfg.batch <= n, f"--batch {cfg.batch} is larger than the data: {path} has {n} pairs")
-    print(f"pairs | {n} of {image_size}x{image_size} from {path}")
+    say(f"pairs | {n} of {image_size}x{image_size} from {path}")
 
     # 2. The small network, from scratch.
     net = UNet(image_size, 3, cfg.base, cfg.mult, cfg.blocks, cfg.attn, classes, cfg.dropout).to(device)
-    print(f"student | {count_parameters(net):,} parameters")
+    say(f"student | {count_parameters(net):,} parameters")
 
     # 3. Training, while beta falls.
-    def loss_at(step):
-        noise, data, labels = pair_batch(pairs, cfg.batch, device)
+    def loss_at(net, step, part):
+        noise, data, labels = pair_batch(pairs, part, device)
         if cfg.flip:  # a mirrored noise leads to the mirrored image: twice the pairs for nothing
-            noise, data = random_flip(noise, data)
-        return reflow_loss(net, noise, data, beta(step, cfg), labels)
+            noise, data = random_flip(part.rand(device), noise, data)
+        fresh = part.randn(*noise.shape[1:], device=device)
+        return reflow_loss(net, noise, data, beta(step, cfg), labels, fresh, part.rand(device))
 
-    ema, losses = train("03 reflow", cfg, net, loss_at, note=lambda step: f"beta {beta(step, cfg):.3f}")
+    ema, losses = train("03 reflow", cfg, net, loss_at, [pairs], note=lambda step: f"beta {beta(step, cfg):.3f}")
 
     # 4. Save the EMA weights, and look at them: one call above, many calls below, from the same noise.
     save_network(cfg.folder / "03_reflow.pt", cfg, ema)
     one, many = (evaluation_samples(ema, cfg.seed, 32, steps) for steps in (1, cfg.sample_steps))
     save_grid(cfg.folder / "03_samples.png", [*one.split(8), *many.split(8)])
     save_curve(cfg.folder / "03_loss.png", losses, "03 reflow: loss")
-    print(f"wrote {cfg.folder}/03_reflow.pt, 03_samples.png, 03_loss.png | "
+    say(f"wrote {cfg.folder}/03_reflow.pt, 03_samples.png, 03_loss.png | "
           f"next: {command_for('04_flow_guided_distill.py', cfg)}")
 
 

@@ -11,7 +11,8 @@ one for every noise: the flow guides the student between the pairs. D is a dista
 LPIPS, which compares what a network trained on ImageNet sees in them.
 
 Reads   out/<preset>/03_reflow.pt; 02_pairs.pt with --pairs_from teacher; VGG's and LPIPS' weights with --distance lpips
-Writes  out/<preset>/04_student.pt, 04_samples.png, 04_loss.png; 04_pairs.pt with --pairs_from flow
+Writes  out/<preset>/04_student.pt, 04_samples.png, 04_loss.png; 04_state.pt, from which a run continues; 04_pairs.pt with
+        --pairs_from flow
 Takes   shapes: 165 s on 2 CPU cores (AMD EPYC, torch 2.13, fp32)
 Next    python 05_eval_fid.py
 """
@@ -26,7 +27,7 @@ import torch.nn.functional as F
 
 from common import (EPS, OWN_PAIRS, Settings, check_ranges, command_for, count_parameters, evaluation_samples, load,
                     load_network, load_strictly, make_pairs, pair_batch, published_weights, require, require_same_kind, run,
-                    save_curve, save_grid, save_network, start, train)
+                    save_curve, save_grid, save_network, say, start, train)
 
 VGG_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"  # 528 MB
 VGG_SHA256 = "397923af"  # the first digits
@@ -50,7 +51,7 @@ class Config(Settings):
     pair_steps: int = 16  # Euler steps of each of them. ours; paper: an RK45 solver
     sample_batch: int = 128  # images per network call while making them. ours
     # Training
-    steps: int = 1100  # optimiser steps. ours; paper: 400,000
+    steps: int = 1200  # optimiser steps. ours; paper: 400,000
     batch: int = 32  # pairs per step, and as many fresh noises. ours; paper: 128
     lr: float = 1.5e-3  # Adam's learning rate. ours; paper: 2e-4
     warmup: int = 0  # steps in which lr rises from 0; official code: none, because the weights are trained already
@@ -58,18 +59,21 @@ class Config(Settings):
     ema: float = 0.995  # decay of the weights' moving average. ours; paper: 0.999999
     clip: float = 1.0  # largest gradient norm. paper: 1
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # of convolutions and products; auto: bf16 where the hardware has it
+    accumulate: int = 1  # parts of a batch that are computed one after another: less memory, the same result
     log_every: int = 100  # steps between log lines
+    save_every: int = 200  # steps between saved training states, from which a run that was broken off continues
 
     def __post_init__(self):
         check_ranges(self, guidance=(0, None), t_low=(0, 1), t_high=(0, 1), n_pairs=(1, 10**9), pair_steps=(1, None),
                      sample_batch=(1, None), steps=(1, None), batch=(1, None), lr=(0, 1), warmup=(0, None), cooldown=(0, 1),
-                     ema=(0, 1), clip=(1e-6, None), log_every=(1, None))
+                     ema=(0, 1), clip=(1e-6, None), accumulate=(1, None), log_every=(1, None),
+                     save_every=(1, None))
         require(self.t_low <= self.t_high, f"--t_low {self.t_low} must not be larger than --t_high {self.t_high}")
 
 
 # paper, but for the solver of the flow's own pairs (RK45 there)
 PAPER = dict(distance="lpips", pairs_from="flow", n_pairs=50_000, pair_steps=100, steps=400_000, batch=128, lr=2e-4,
-             cooldown=0.0, ema=0.999999, log_every=1000)
+             cooldown=0.0, ema=0.999999, log_every=1000, save_every=5000)
 
 PRESETS = {
     "shapes": {},
@@ -160,15 +164,16 @@ def distill_loss(velocity, noise, data, distance):
     return distance(noise + velocity, data).mean()
 
 
-def guided_loss(velocity, flow, noise, distance, labels=None, t_low=0.2, t_high=0.8):
+def guided_loss(velocity, flow, noise, distance, labels=None, t_low=0.2, t_high=0.8, u=None):
     """E D( z + v'(z, EPS), x_t + (1 - t) v(x_t, t) ) on fresh noise, a scalar. Eqs. 11-13.
 
     velocity = v'(z, EPS), the student's first step; flow is v (not trained); noise, velocity (B, C, H, W); labels int64 (B,)
-    or None; distance(x, y) -> (B,). Eq. 12 takes v for the first step too; the student's own v' costs no further call and,
-    says the paper, is better.
+    or None; distance(x, y) -> (B,); u (B,) uniform in [0, 1), from which t is made, drawn if None. Eq. 12 takes v for the first
+    step too; the student's own v' costs no further call and, says the paper, is better.
     """
+    u = torch.rand(len(noise), device=noise.device) if u is None else u
     with torch.no_grad():
-        t = t_low + (t_high - t_low) * torch.rand(len(noise), device=noise.device)  # (B,)
+        t = t_low + (t_high - t_low) * u  # (B,)
         s = t[:, None, None, None]
         # x_t = z + t v'(z, EPS)
         x_t = noise + s * velocity
@@ -187,7 +192,7 @@ def main(cfg):
     distance = {"l2": squared_l2, "huber": pseudo_huber}.get(cfg.distance) or load_lpips(cfg, device)
     student = copy.deepcopy(flow)
     flow.requires_grad_(False)
-    print(f"student | {count_parameters(student):,} parameters | starts from {flow_path}")
+    say(f"student | {count_parameters(student):,} parameters | starts from {flow_path}")
 
     # 2. Pairs: the teacher's, or the flow's own.
     if cfg.pairs_from == "flow":
@@ -199,27 +204,27 @@ def main(cfg):
     require_same_kind(flow_path, flow.args, pairs_path, pairs["network"])
     n = len(pairs["images"])
     require(cfg.batch <= n, f"--batch {cfg.batch} is larger than the data: {pairs_path} has {n} pairs")
-    print(f"pairs | {n} from {pairs_path}")
+    say(f"pairs | {n} from {pairs_path}")
 
     # 3. Training: L_distill + guidance * L_2step.
-    def loss_at(step):
-        noise, data, labels = pair_batch(pairs, cfg.batch, device)
+    def loss_at(student, step, part):
+        noise, data, labels = pair_batch(pairs, part, device)
         if not cfg.guidance:
             return distill_loss(first_step(student, noise, labels), noise, data, distance)
         # One call of the student on both noises, the pairs' and fresh ones, serves both losses.
-        fresh = torch.randn_like(noise)
+        fresh = part.randn(*noise.shape[1:], device=device)
         both_labels = None if labels is None else labels.repeat(2)
         v_pair, v_fresh = first_step(student, torch.cat([noise, fresh]), both_labels).chunk(2)
         return (distill_loss(v_pair, noise, data, distance)
-                + cfg.guidance * guided_loss(v_fresh, flow, fresh, distance, labels, cfg.t_low, cfg.t_high))
+                + cfg.guidance * guided_loss(v_fresh, flow, fresh, distance, labels, cfg.t_low, cfg.t_high, part.rand(device)))
 
-    ema, losses = train("04 student", cfg, student, loss_at)
+    ema, losses = train("04 student", cfg, student, loss_at, [artifact, pairs])
 
     # 4. Save the EMA weights, and look at them: one call each.
     save_network(cfg.folder / "04_student.pt", cfg, ema)
     save_grid(cfg.folder / "04_samples.png", evaluation_samples(ema, cfg.seed, 64, 1).split(8))
     save_curve(cfg.folder / "04_loss.png", losses, "04 student: loss")
-    print(f"wrote {cfg.folder}/04_student.pt, 04_samples.png, 04_loss.png | "
+    say(f"wrote {cfg.folder}/04_student.pt, 04_samples.png, 04_loss.png | "
           f"next: {command_for('05_eval_fid.py', cfg)}")
 
 

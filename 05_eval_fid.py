@@ -11,11 +11,12 @@ drawn, trained here in seconds: its distance is called FD-shapes, and is compara
 With --images SET --reference SET it measures any images, without a network of ours.
 
 Reads   out/<preset>/01_teacher.pt, 03_reflow.pt, 04_student.pt; the teacher's data; Inception's weights for FID
-Writes  out/<preset>/05_results.md, 05_results.json, 05_samples.png; 05_reference_<key>.npz, so that FID's reference is
-        computed once; with --images: 05_images.md, 05_images.json
+Writes  out/<preset>/05_results.md, 05_results.json, 05_samples.png, or with --images 05_images.*; and what need not be computed
+        again: 05_reference_<key>.pt, 05_row_<key>.pt
 Takes   shapes: 50 s on 2 CPU cores (AMD EPYC, torch 2.13, fp32)
 """
 import hashlib
+import itertools
 import json
 import zipfile
 from dataclasses import dataclass
@@ -31,8 +32,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from common import (COLOURS, EVALUATION, SHAPES, Attention, Settings, UserError, check_ranges, count_parameters, draw_shapes,
                     euler, file_digest, from_uint8, generate, labels_for, load, load_images, load_network, load_strictly,
-                    noise_for, published_weights, require, require_same_kind, run, sampler_of, save_grid, start, to_uint8,
-                    writing)
+                    noise_for, published_weights, read, require, require_same_kind, run, sampler_of, save, save_grid, say, share,
+                    start, sum_over_processes, to_uint8, wait_for_all, world, writing)
 
 INCEPTION_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
                  "pt_inception-2015-12-05-6726825d.pth")
@@ -109,17 +110,21 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     return max(0.0, ((mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * root_trace).item())
 
 
-def gaussian(batches):
-    """Mean (D,) and covariance (D, D), in float64, of features that come in batches (B, D).
+def gaussian(batches, dimensions, device="cpu"):
+    """Mean (D,) and covariance (D, D), in float64, of the features (B, D) that come in the batches of all processes.
 
-    Only two sums are kept, so memory does not grow with the number of images.
+    Only sums are kept, so memory does not grow with the number of images.
     """
-    n, total, outer = 0, 0.0, 0.0
+    n = torch.zeros((), dtype=torch.float64, device=device)
+    total, outer = n.new_zeros(dimensions), n.new_zeros(dimensions, dimensions)
     for f in batches:
-        f = f.double()
-        n, total, outer = n + len(f), total + f.sum(0), outer + f.T @ f
+        f = f.to(device, torch.float64)
+        n += len(f)
+        total += f.sum(0)
+        outer += f.T @ f
+    sum_over_processes(n, total, outer)
     mu = total / n
-    return mu, (outer - n * torch.outer(mu, mu)) / max(1, n - 1)
+    return mu, (outer - n * torch.outer(mu, mu)) / (n - 1).clamp(min=1)
 
 
 # ------------------------------------------------------------------------------------------------- Inception
@@ -356,21 +361,18 @@ def read_statistics(source):
     return mu, sigma
 
 
-def reference_gaussian(images, features, protocol, cfg):
-    """(mean, covariance) of the real images' features, uint8 (N, 3, H, W); computed once, where the features stay the same.
-
-    It is kept in 05_reference_<key>.npz; the key is a hash of all pixels and of how the features were made.
-    """
-    if protocol["metric"] == "FD-shapes":  # its feature network is trained anew in every run
-        return gaussian(features([images]))
-    key = hashlib.sha256(images.numpy())
-    key.update(repr((images.shape, protocol)).encode())
-    path = cfg.folder / f"05_reference_{key.hexdigest()[:16]}.npz"
-    if not path.exists():
-        mu, sigma = gaussian(features([images]))
-        with writing(path) as file:
-            np.savez(file, mu=mu.cpu(), sigma=sigma.cpu(), made_from=json.dumps({**protocol, "n_images": len(images)}))
-    return read_statistics(str(path))
+def kept(name, made_from, cfg, compute):
+    """compute() -> dict, or what it returned for the same `made_from` before: kept in 05_<name>_<hash of made_from>.pt."""
+    path = cfg.folder / f"05_{name}_{hashlib.sha256(repr(made_from).encode()).hexdigest()[:16]}.pt"
+    try:
+        content = None if cfg.restart else read(path)
+    except (FileNotFoundError, ValueError):  # not there yet, or damaged
+        content = None
+    wait_for_all()  # all have looked before one of them writes
+    if content is None:
+        content = compute()
+        save(path, cfg, **content, made_from=repr(made_from))
+    return content
 
 
 # ------------------------------------------------------------------------------------------------- the table
@@ -415,6 +417,9 @@ def straightness(net, noise, steps, labels=None):
 
     x = euler(observed, noise, steps, labels)
     return (torch.stack(energy).mean() - (x - noise).square().mean()).item()
+
+
+COLUMNS = ("parameters", "macs", "calls", "ms_one", "ms_bulk", "straightness")
 
 
 def table(rows, metric):
@@ -468,7 +473,7 @@ def main(cfg):
     require(cfg.metric != "fd_shapes" or source == "shapes",
             f"FD-shapes measures drawings, not {source}: set --metric fid or none")
     size = networks[0][1].args["image_size"] if networks else given.shape[-1] if source == "shapes" else None
-    statistics = read_statistics(source)
+    statistics = read_statistics(source)  # (mean, covariance) or None
     real = None if statistics else read_set(source, size, cfg)
     if given is not None and real is not None:
         require(given.shape[2:] == real.shape[2:], f"{cfg.images} holds images of {given.shape[3]}x{given.shape[2]} pixels, and "
@@ -481,60 +486,70 @@ def main(cfg):
         require(n is None or n >= n_features or cfg.allow_few, f"{what}: {n} images are fewer than the {n_features} features of "
                 f"{protocol['metric']}, and the distance would come out too large. Give it more, or accept that with --allow_few")
 
-    def features(batches):
-        for batch in batches:
-            for part in batch.split(cfg.feature_batch):
-                f = features_of(part.to(device))
-                yield f.cpu() if device.type == "mps" else f  # MPS has no float64 for the sums
+    def gaussian_of(batches):
+        sums_on = device if device.type == "cuda" else "cpu"
+        return gaussian((features_of(part.to(device)) for batch in batches for part in batch.split(cfg.feature_batch)),
+                        n_features, sums_on)
 
     if features_of:
-        reference = statistics or reference_gaussian(real, features, protocol, cfg)
-        require(len(reference[0]) == n_features, f"{source} has statistics of {len(reference[0])} features, and "
+        if statistics is None:
+            made_from = (hashlib.sha256(real.numpy()).hexdigest(), real.shape, protocol, cfg.seed)
+            found = kept("reference", made_from, cfg, lambda: dict(zip(("mu", "sigma"), [a.cpu() for a in gaussian_of([real[share(len(real))]])])))
+            statistics = found["mu"], found["sigma"]
+        require(len(statistics[0]) == n_features, f"{source} has statistics of {len(statistics[0])} features, and "
                 f"{protocol['metric']} has {n_features}")
     protocol |= {"n_samples": n_samples, "reference": source, "n_reference": n_reference}
-    if statistics:
+    if real is None:
         protocol["reference_sha256"] = file_digest(source, "sha256")
     if networks:
         protocol |= {"rounding": cfg.rounding, "noise_seed": cfg.seed, "first_index": EVALUATION}
     protocol_line = ", ".join(f"{key} {value}" for key, value in protocol.items())
 
-    # 4. Every network from the same noise and labels, or the given images.
+    # 4. Every network from the same noise and labels, or the given images; each process makes a share of them.
     rows, pictures = [], {} if real is None else {"real": from_uint8(real[torch.linspace(0, len(real) - 1, 12).long()])}
+    require(n_samples >= world(), f"{n_samples} images cannot be shared out to {world()} processes")
+    reference_key = hashlib.sha256(statistics[0].numpy().tobytes() + statistics[1].numpy().tobytes()).hexdigest() if statistics else ""
 
-    def measure(name, batches, calls=None, **facts):
-        title = f"{name}, {calls} call{'s' * (calls != 1)}" if calls else name
+    def measure(title, made_from, batches, facts):
+        """Adds a row to the table: facts(), and the distance of this process's share of uint8 images, batches()."""
+        def compute():
+            images = iter(batches())
+            first = next(images)
+            distance = None
+            if features_of:
+                distance = frechet_distance(*gaussian_of(itertools.chain([first], images)), *statistics)
+            row = {"network": title.split(",")[0], **dict.fromkeys(COLUMNS), **facts(), "distance": distance}
+            return {"row": row, "picture": first[:12].clone()}
 
-        def passing():  # the first images are kept to be looked at
-            for batch in batches:
-                pictures.setdefault(title, from_uint8(batch[:12]))
-                yield batch
-
-        distance = None
+        found = kept("row", (made_from, reference_key, sorted(protocol.items(), key=str)), cfg, compute)
+        rows.append(found["row"])
+        pictures[title] = from_uint8(found["picture"])
         if features_of:
-            distance = frechet_distance(*gaussian(features(passing())), *reference)
-            print(f"measured | {title} | {distance:.3f} | {protocol_line}", flush=True)
-        else:
-            next(passing())
-        unknown = dict.fromkeys(["parameters", "macs", "ms_one", "ms_bulk", "straightness"])
-        rows.append({"network": name, "calls": calls, **unknown, **facts, "distance": distance})
+            say(f"measured | {title} | {found['row']['distance']:.3f} | {protocol_line}")
 
+    mine = share(n_samples)
     if given is not None:
-        measure(cfg.images, given.split(cfg.feature_batch))
+        measure(cfg.images, hashlib.sha256(given.numpy()).hexdigest(), lambda: given[mine].split(cfg.feature_batch), dict)
     elif cfg.metric == "fd_shapes":  # the floor: other drawings by the same hand
-        measure("real (other drawings)", draw_shapes(cfg.n_samples, size, seed=1)[0].split(cfg.feature_batch))
-    indices = torch.arange(EVALUATION, EVALUATION + cfg.n_samples)
+        measure("real (other drawings)", "drawings", lambda: draw_shapes(n_samples, size, seed=1)[0][mine].split(cfg.feature_batch), dict)
+    indices = torch.arange(EVALUATION, EVALUATION + n_samples)
     for name, net, artifact, steps in networks:
         sampler, n_calls = sampler_of(artifact)
-        labels = labels_for(cfg.seed, cfg.n_samples, net.args["classes"])
-        calls, batch = n_calls(steps), min(cfg.sample_batch, cfg.n_samples)
-        samples = generate(net, cfg.seed, indices, steps, labels, cfg.sample_batch, sampler)
-        curved = None
-        if sampler is euler and steps > 1:
-            noise = noise_for(cfg.seed, indices[:batch], (3, size, size)).to(device)
-            curved = straightness(net, noise, steps, None if labels is None else labels[:batch].to(device))
-        ms_one, ms_bulk = (1000 * calls * seconds_per_call(net, n) / n for n in (1, batch))
-        measure(name, (quantise(x, cfg.rounding) for _, x in samples), calls=calls, parameters=count_parameters(net),
-                macs=count_macs(net), ms_one=ms_one, ms_bulk=ms_bulk, straightness=curved)
+        calls, batch = n_calls(steps), min(cfg.sample_batch, n_samples)
+        labels = labels_for(cfg.seed, n_samples, net.args["classes"])
+
+        def samples():
+            made = generate(net, cfg.seed, indices[mine], steps, None if labels is None else labels[mine], cfg.sample_batch, sampler)
+            return (quantise(x, cfg.rounding) for _, x in made)
+
+        def facts():
+            noise, few = noise_for(cfg.seed, indices[:batch], (3, size, size)).to(device), None if labels is None else labels[:batch].to(device)
+            curved = straightness(net, noise, steps, few) if sampler is euler and steps > 1 else None
+            ms_one, ms_bulk = (1000 * calls * seconds_per_call(net, n) / n for n in (1, batch))
+            return {"calls": calls, "parameters": count_parameters(net), "macs": count_macs(net), "ms_one": ms_one,
+                    "ms_bulk": ms_bulk, "straightness": curved}
+
+        measure(f"{name}, {calls} call{'s' * (calls != 1)}", (artifact["digest"], steps), samples, facts)
 
     # 5. The table and the picture.
     stem = "05_images" if cfg.images else "05_results"
@@ -545,8 +560,8 @@ def main(cfg):
     with writing(out / f"{stem}.md") as file:
         file.write("\n".join([*lines, "", protocol_line, ""]).encode())
     save_grid(out / picture, list(pictures.values()), list(pictures))
-    print("\n".join(["", *lines, "", protocol_line, ""]))
-    print(f"wrote {out}/{stem}.md, {stem}.json, {picture}")
+    say("\n".join(["", *lines, "", protocol_line, ""]))
+    say(f"wrote {out}/{stem}.md, {stem}.json, {picture}")
 
 
 if __name__ == "__main__":

@@ -12,8 +12,10 @@ Notation (every script uses these names, and only these):
 An image is uint8 on disk and in data sets, float in [-1, 1] everywhere else. Labels are int64, shape (B,), or None.
 """
 import argparse
+import contextlib
 import copy
 import dataclasses
+import datetime
 import hashlib
 import http.client
 import inspect
@@ -24,17 +26,19 @@ import os
 import pickle
 import re
 import shutil
+import signal
 import sys
 import tarfile
 import time
+import traceback
 import typing
 import zipfile
 import zlib
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
@@ -65,6 +69,8 @@ class Settings:
     out: str = "out"  # results go to <out>/<preset>/
     seed: int = 0  # everything random follows from it
     device: str = "auto"  # auto (a GPU where there is one), cpu, cuda, cuda:1, mps
+    timeout: float = 10.0  # minutes after which one of several processes that has lost the others gives up
+    restart: bool = False  # start this stage over, instead of continuing from what it has saved
 
     @property
     def folder(self):
@@ -117,34 +123,142 @@ def read_settings(config, presets, doc, argv=None):
     return config(**{"preset": preset, **presets[preset], **given})
 
 
-def run(main, config, presets, doc):
+def run(main, config, presets, doc, argv=None):
     """The guard of every script: settings, main(cfg), and one clear line, not a traceback, where a person can help."""
     try:
-        main(read_settings(config, presets, doc))
+        main(read_settings(config, presets, doc, argv))
+    except Stopped as stopped:
+        sys.exit(str(stopped))
     except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("stopped: nothing of this stage was saved; what earlier stages wrote is untouched")
+        sys.exit("stopped at once: the same command continues from what was saved")
+    except torch.OutOfMemoryError as error:
+        sys.exit(f"error: out of GPU memory ({str(error).splitlines()[0][:120]}). Smaller steps give the same result: a larger "
+                 "--accumulate where a network is trained, a smaller --sample_batch or --feature_batch where images are made")
+    except RuntimeError as error:
+        if not dist.is_initialized():
+            raise
+        traceback.print_exc()
+        sys.exit(f"error: process {rank()} of {world()} cannot go on ({str(error).splitlines()[0][:120]}). If another process "
+                 "ended first, its message tells why; the same command, with any number of processes, continues")
 
 
 def start(cfg, name):
-    """Prints the settings and returns the torch.device to work on."""
+    """Joins the other processes, if torchrun started several; prints the settings; returns the torch.device to work on."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and cfg.device in ("auto", "cuda") else "gloo"
+        # A process that has lost the others ends after this time instead of waiting for ever.
+        dist.init_process_group(backend, timeout=datetime.timedelta(minutes=cfg.timeout))
     device = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(device)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            torch.cuda.set_device(device)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {cfg.device} cannot be used here: {str(error).splitlines()[0]}") from error
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it; changes nothing on a CPU
     torch.manual_seed(cfg.seed)
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    print(f"{name} | preset {cfg.preset} | {device} ({hardware}) | torch {torch.__version__}")
-    print("settings | " + " ".join(f"{k}={v}" for k, v in dataclasses.asdict(cfg).items() if k not in ("preset", "device")))
+    say(f"{name} | preset {cfg.preset} | {device} ({hardware}) x {world()} | torch {torch.__version__}")
+    say("settings | " + " ".join(f"{k}={v}" for k, v in dataclasses.asdict(cfg).items() if k not in ("preset", "device")))
     return device
+
+
+# --------------------------------------------------------------------------------------------------------- processes
+# `torchrun --nproc_per_node=N script.py` starts N processes; without it there is one, and all of this is a matter of course.
+
+def rank():
+    """The number of this process, from 0. Only process 0 writes files and prints."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world():
+    """How many processes there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def say(text):
+    """Prints a line, in process 0."""
+    if rank() == 0:
+        print(text, flush=True)
+
+
+def sum_over_processes(*tensors):
+    """Replaces each tensor by its sum over all processes."""
+    for tensor in tensors if world() > 1 else ():
+        dist.all_reduce(tensor)
+
+
+def share(n):
+    """This process's slice of n things."""
+    return slice(n * rank() // world(), n * (rank() + 1) // world())
+
+
+def wait_for_all():
+    """Returns when every process has come here."""
+    sum_over_processes(torch.zeros(1))
+
+
+@dataclasses.dataclass
+class Part:
+    """The share of a step's batch that is computed at once: samples first ... last - 1.
+
+    A batch is divided among processes, and by `accumulate` into parts that are computed one after another. Every part draws
+    the random numbers of the whole batch and keeps its own, so that neither division changes what is computed.
+    """
+    batch: int
+    first: int
+    last: int
+
+    def __len__(self):
+        return self.last - self.first
+
+    def rand(self, device):
+        """Uniform in [0, 1): (len(self),)."""
+        return torch.rand(self.batch, device=device)[self.first:self.last]
+
+    def randn(self, *shape, device):
+        """N(0, I): (len(self), *shape)."""
+        return torch.randn(self.batch, *shape, device=device)[self.first:self.last]
+
+    def randint(self, high):
+        """Integers from 0 to high - 1, on the CPU: (len(self),)."""
+        return torch.randint(high, (self.batch,))[self.first:self.last]
+
+
+class Stopped(Exception):
+    """The run was asked to end, and has saved where it is."""
+
+
+@contextlib.contextmanager
+def stop_requests():
+    """`with stop_requests() as stopped:` stopped() is True once SIGINT or SIGTERM came to any process; a second one ends at once."""
+    received = []
+
+    def note(number, frame):
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    def stopped():
+        total = torch.tensor([len(received)])
+        sum_over_processes(total)
+        return bool(total)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stopped
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # ------------------------------------------------------------------------------------------------------------- files
 
+SEAL = b"sha256"
 MADE_BY = {"01_teacher.pt": "01_train_teacher.py", "02_pairs.pt": "02_generate_pairs.py",
            "03_reflow.pt": "03_annealing_reflow.py", "04_pairs.pt": "04_flow_guided_distill.py",
            "04_student.pt": "04_flow_guided_distill.py"}
@@ -155,18 +269,21 @@ def command_for(script, cfg):
     return f"python {script} --preset {cfg.preset}" + (f" --out {cfg.out}" if cfg.out != "out" else "")
 
 
-@contextmanager
-def writing(path):
+@contextlib.contextmanager
+def writing(path, everywhere=False):
     """`with writing(path) as file:` gives a binary file that appears under its name only when it is complete.
 
     It is written beside `path` as `<name>.tmp`, flushed to the disk, then renamed: whoever reads `path` finds the old
-    content or the new one. Raises UserError where the disk is full or not writable.
+    content or the new one. Only process 0 writes, unless `everywhere`. Raises UserError where the disk is full or not writable.
     """
+    if rank() and not everywhere:
+        yield io.BytesIO()
+        return
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
+        with open(temporary, "w+b") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -178,25 +295,58 @@ def writing(path):
         temporary.unlink(missing_ok=True)
 
 
-def save(path, cfg, **content):
-    """Writes a self-describing artifact: preset, settings, and the content (tensors, numbers, strings, dicts, lists)."""
-    settings = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in ("out", "device")}
-    with writing(path) as file:
-        torch.save({"preset": cfg.preset, "settings": settings, **content}, file)
+def save(path, cfg, everywhere=False, **content):
+    """Writes a self-describing artifact: preset, settings, and the content (tensors, numbers, strings, dicts, lists).
+
+    It ends in SEAL and the hash of all that comes before, by which read() knows that no bit has changed. Process 0 writes, or
+    `everywhere` each process, a file of its own.
+    """
+    settings = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in ("out", "device", "timeout", "restart")}
+    if rank() == 0 or everywhere:
+        with writing(path, everywhere) as file:
+            torch.save({"preset": cfg.preset, "settings": settings, **content}, file)
+            file.seek(0)
+            digest = hashlib.file_digest(file, "sha256").digest()
+            file.seek(0, os.SEEK_END)
+            file.write(SEAL + digest)
+
+
+def read(path):
+    """An artifact's content and, as "digest", its hash. Tensors are memory-mapped. Never unpickles, never runs code.
+
+    Raises ValueError if the file is not one of ours, was cut off, or has a changed bit; OSError if it cannot be read.
+    """
+    digest, size = hashlib.sha256(), os.path.getsize(path) - len(SEAL) - 32
+    with open(path, "rb") as file:
+        while file.tell() < size:
+            digest.update(file.read(min(1 << 20, size - file.tell())))
+        if size < 0 or file.read() != SEAL + digest.digest():
+            raise ValueError("its checksum is wrong")
+    try:
+        return {**torch.load(path, map_location="cpu", weights_only=True, mmap=True), "digest": digest.hexdigest()}
+    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError) as error:
+        raise ValueError(str(error)) from error
 
 
 def load(path, cfg):
-    """Reads an artifact of this preset. Raises UserError if it is missing, damaged, or another preset's. Never unpickles."""
+    """read(), for an artifact that an earlier stage made. Raises UserError if it is missing, damaged, or another preset's."""
     path = Path(path)
     command = command_for(MADE_BY[path.name], cfg)
     require(path.exists(), f"{path} is missing; make it with: {command}")
     try:
-        artifact = torch.load(path, map_location="cpu", weights_only=True)
+        artifact = read(path)
         preset = artifact["preset"]
-    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError) as error:
+    except (ValueError, KeyError) as error:
         raise UserError(f"{path} is damaged or not one of ours; make it again with: {command}") from error
     require(preset == cfg.preset, f"{path} was made with --preset {preset}, not {cfg.preset}; make it with: {command}")
     return artifact
+
+
+def require_same_run(path, then, now):
+    """Raises UserError unless what was saved in `path` was made in the same way: two dicts, of which it lists what differs."""
+    differ = [f"{key} was {then.get(key)}, is {value}" for key, value in now.items() if then.get(key) != value]
+    require(not differ, f"{path} belongs to a run with other settings ({'; '.join(differ)}). Start over with --restart, or keep "
+            "both with another --out")
 
 
 def save_network(path, cfg, net, **facts):
@@ -267,10 +417,14 @@ def save_curve(path, values, title):
         canvas.save(file, "PNG")
 
 
+def clock(seconds):
+    """12.6 -> '0:00:13'."""
+    return str(datetime.timedelta(seconds=round(seconds)))
+
+
 def time_left(started, done, total):
     """'0:12:33': the time that the rest will take if it goes on as it went since `started` (time.time())."""
-    seconds = round((time.time() - started) / done * (total - done))
-    return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+    return clock((time.time() - started) / max(1, done) * (total - done))
 
 
 # -------------------------------------------------------------------------------------------------------------- data
@@ -292,9 +446,9 @@ def to_uint8(images):
     return (images.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def random_flip(*batches):
-    """Mirrors images left to right, each with probability 1/2: the same samples in every batch (B, C, H, W) that is given."""
-    mirrored = (torch.rand(len(batches[0]), device=batches[0].device) < 0.5)[:, None, None, None]
+def random_flip(chance, *batches):
+    """Mirrors images left to right where chance (B,), uniform in [0, 1), is below 1/2: the same in every batch (B, C, H, W)."""
+    mirrored = (chance < 0.5)[:, None, None, None]
     return [torch.where(mirrored, batch.flip(3), batch) for batch in batches]
 
 
@@ -351,7 +505,7 @@ def download(url, path, algorithm, digest):
     advice = f"run the command again, or put the file at {path} yourself"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        print(f"downloading {url}", flush=True)
+        say(f"downloading {url}")
         torch.hub.download_url_to_file(url, part)
         found = file_digest(part, algorithm)
         require(found.startswith(digest), f"{url} broke off or is not the file that was expected: its {algorithm} is {found}, "
@@ -494,9 +648,9 @@ def read_image_files(path, image_size, memory_gb, skip_bad, cache):
                     np.save(kept_file, np.array(kept, dtype=np.int64))
         kept = np.load(kept_path)
         pixels = np.memmap(pixels_path, dtype=np.uint8, mode="c").reshape(-1, *shape[1:])
-        print(f"{path} | memory-mapped from {pixels_path}")
+        say(f"{path} | memory-mapped from {pixels_path}")
     if len(kept) < len(names):
-        print(f"{path} | skipped {len(names) - len(kept)} of {len(names)} files that are not readable images")
+        say(f"{path} | skipped {len(names) - len(kept)} of {len(names)} files that are not readable images")
     return torch.from_numpy(pixels[:len(kept)]), None if labels is None else torch.from_numpy(labels[kept])
 
 
@@ -538,7 +692,7 @@ def decode_all(path, names, read, image_size, skip_bad):
         yield i, image
         if time.time() - reported > 10:
             reported = time.time()
-            print(f"reading {path} | {i + 1}/{len(names)} | left {time_left(started, i + 1, len(names))}", flush=True)
+            say(f"reading {path} | {i + 1}/{len(names)} | left {time_left(started, i + 1, len(names))}")
     require(first is not None, f"{path}: none of its {len(names)} images can be read")
 
 
@@ -697,7 +851,10 @@ class UNet(nn.Module):
             if not block.up:
                 h = torch.cat([h, skips.pop()], dim=1)
             h = block(h, emb)
-        return self.conv_out(F.silu(self.norm_out(h)))
+        # The output stays float32 where the rest is bf16. The shapes teacher's FD-shapes was 1.67 without this, and 1.52 with
+        # it, as in fp32 (360 steps, one seed).
+        with torch.autocast(x.device.type, enabled=False):
+            return self.conv_out(F.silu(self.norm_out(h.to(self.conv_out.weight.dtype))))
 
 
 def count_parameters(net):
@@ -782,38 +939,75 @@ def evaluation_samples(net, seed, n, steps):
 def make_pairs(path, cfg, net, artifact, n, steps, first_index):
     """Writes n pairs (noise, ODE[net](noise)) to `path`: images as float16, and the noise only as (seed, first index).
 
-    net, artifact: from load_network.
-    Says before it starts how many network calls, how much disk and about how long it will take.
+    net, artifact: from load_network. Says before it starts how many network calls, how much disk and about how long. Batches are
+    kept in a folder beside `path` until all are there, so that a run that was broken off continues; processes share them out.
     """
-    size, channels = net.args["image_size"], net.args["channels"]
-    labels = labels_for(cfg.seed, n, net.args["classes"])
-    images = torch.empty(n, channels, size, size, dtype=torch.float16)
-    indices = torch.arange(first_index, first_index + n)
-    free = shutil.disk_usage(next(p for p in [Path(path), *Path(path).parents] if p.exists())).free
-    require(free > images.nbytes, f"{path} needs {images.nbytes / 1e6:.0f} MB and only {free / 1e6:.0f} MB are free there")
+    run = {"network": artifact["digest"], "pairs": n, "steps": steps, "seed": cfg.seed, "first_index": first_index}
+    folder = Path(f"{path}.parts")
+    if path.exists() and not cfg.restart:
+        require_same_run(path, load(path, cfg)["run"], run)
+        say(f"{path} is complete")
+    if (path.exists() or cfg.restart) and rank() == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+    if path.exists() and not cfg.restart:
+        return
+    wait_for_all()
 
+    # 1. What is there already, and what the rest will take.
+    labels, indices = labels_for(cfg.seed, n, net.args["classes"]), torch.arange(first_index, first_index + n)
+    shape = (n, net.args["channels"], net.args["image_size"], net.args["image_size"])
+    megabytes = 2 * math.prod(shape) / 1e6
+    free = shutil.disk_usage(next(p for p in path.parents if p.exists())).free / 1e6
+    require(free > 3 * megabytes, f"{path} needs {megabytes:.0f} MB, and three times that while it is made; {free:.0f} MB are free")
     sampler, calls = sampler_of(artifact)
-    started, first = time.time(), slice(0, min(n, cfg.sample_batch))
-    for _ in generate(net, cfg.seed, indices[first], 2, None if labels is None else labels[first], cfg.sample_batch, sampler):
-        pass  # two steps for one batch, to estimate the time
-    left = time_left(started, calls(2) * first.stop, n * calls(steps) + calls(2) * first.stop)
-    print(f"{n} pairs x {calls(steps)} calls = {n * calls(steps):,} images through the network | "
-          f"{images.nbytes / 1e6:.0f} MB in {path} | about {left}", flush=True)
+    batches = [slice(i, min(i + cfg.sample_batch, n)) for i in range(0, n, cfg.sample_batch)]
+    part_of = lambda rows: folder / f"{rows.start:09}-{rows.stop:09}.pt"
+    sample = lambda rows, steps: next(generate(net, cfg.seed, indices[rows], steps, None if labels is None else labels[rows],
+                                               cfg.sample_batch, sampler))[1]
 
+    def is_done(rows):
+        try:
+            require_same_run(folder, read(part_of(rows))["run"], run)
+        except (FileNotFoundError, ValueError, KeyError):
+            return False  # missing or damaged: made again
+        return True
+
+    todo = [rows for rows in batches if not is_done(rows)]
+    started = time.time()
+    sample(batches[0], 2)
+    seconds = (time.time() - started) / calls(2) * calls(steps) * len(todo) / world()
+    say(f"{n} pairs x {calls(steps)} calls = {n * calls(steps):,} images through the network | {megabytes:.0f} MB in {path} | "
+        f"{len(batches) - len(todo)} of {len(batches)} batches are there | about {clock(seconds)}")
+
+    # 2. The batches that are missing, each in a file of its own.
     started = reported = time.time()
-    for rows, x in generate(net, cfg.seed, indices, steps, labels, cfg.sample_batch, sampler):
-        require(x.isfinite().all(), f"the network made images that are not finite (pairs {rows.start} to {rows.stop})")
-        images[rows] = x
-        if time.time() - reported > 10:
-            reported = time.time()
-            print(f"pairs {rows.stop}/{n} | left {time_left(started, rows.stop, n)}", flush=True)
-    save(path, cfg, images=images, labels=labels, noise_seed=cfg.seed, first_index=first_index, network=net.args)
-    return images
+    with stop_requests() as stopped:
+        for i in range(0, len(todo), world()):
+            for rows in todo[i:][rank():rank() + 1]:
+                x = sample(rows, steps)
+                require(x.isfinite().all(), f"the network made images that are not finite (pairs {rows.start} to {rows.stop})")
+                save(part_of(rows), cfg, everywhere=True, images=x.half(), run=run)
+            if stopped():
+                raise Stopped(f"stopped: {folder} keeps what there is, and the same command continues")
+            if time.time() - reported > 10:
+                reported = time.time()
+                say(f"pairs {todo[i].stop}/{n} | left {time_left(started, i + 1, len(todo))}")
+    wait_for_all()
+
+    # 3. All in one file.
+    if rank() == 0:
+        images = np.memmap(folder / "all", np.float16, "w+", shape=shape)
+        for rows in batches:
+            images[rows] = read(part_of(rows))["images"]
+        save(path, cfg, images=torch.from_numpy(images), labels=labels, noise_seed=cfg.seed, first_index=first_index,
+             network=net.args, run=run)
+        shutil.rmtree(folder)
+    wait_for_all()
 
 
-def pair_batch(pairs, batch, device):
-    """A random batch of an artifact that make_pairs wrote: noise, data, labels (or None)."""
-    i = torch.randint(len(pairs["images"]), (batch,))
+def pair_batch(pairs, part, device):
+    """Random pairs of an artifact that make_pairs wrote, for a part of a batch: noise, data, labels (or None)."""
+    i = part.randint(len(pairs["images"]))
     data = pairs["images"][i].float()
     noise = noise_for(pairs["noise_seed"], i + pairs["first_index"], data.shape[1:])
     labels = None if pairs["labels"] is None else pairs["labels"][i].to(device)
@@ -848,42 +1042,122 @@ def autocast(precision, device):
     return torch.autocast(device.type, torch.bfloat16, enabled=wanted)
 
 
-def train(name, cfg, net, loss_at, note=None):
+# What may change from a run to its continuation: it does not change the result, or is asked for (more steps).
+HARMLESS = {"out", "device", "timeout", "restart", "steps", "log_every", "save_every", "sample_steps", "sample_batch", "accumulate",
+            "memory_gb"}
+
+
+def train(name, cfg, net, loss_at, inputs=(), note=None):
     """The training loop of 01, 03 and 04. Returns (EMA network, the loss of every step).
 
-    loss_at(step)   scalar loss tensor of that step; takes all its randomness from torch's global generator
-    note(step)      text for the log line, such as the current beta
-    Adam, gradient norm clipped at cfg.clip, EMA. Raises UserError at a loss that is not finite.
+    loss_at(net, step, part)  scalar loss of a part of that step's batch, which takes all its randomness from `part`
+    inputs                    artifacts that this stage was given, from load(): a continued run must have the same
+    note(step)                text for the log line, such as the current beta
+
+    Adam, gradient norm clipped at cfg.clip, EMA; batches shared out to all processes. The state is saved every cfg.save_every
+    steps and when the run is asked to stop, and the run continues from it. Raises UserError at a loss that is not finite.
     """
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     optimizer = torch.optim.Adam(net.parameters(), lr=cfg.lr, betas=(0.9, 0.999), eps=1e-8, fused=True)  # paper
-    losses, recent, started = [], [], time.time()
-    device = next(net.parameters()).device
+    device, losses, recent = next(net.parameters()).device, [], []
+
+    # 1. Where the last run stopped.
+    run = {key: value for key, value in dataclasses.asdict(cfg).items() if key not in HARMLESS}
+    run |= {f"input {i}": artifact["digest"] for i, artifact in enumerate(inputs, 1)}
+    state_path = cfg.folder / f"{name[:2]}_state.pt"
+    state = None if cfg.restart else newest_state(state_path)
+    if state:
+        require_same_run(state_path, state["run"], run)
+        require(state["step"] <= cfg.steps, f"{state_path} is at step {state['step']} already: --steps {cfg.steps} is less. Start "
+                "over with --restart, or keep both with another --out")
+        net.load_state_dict(state["weights"])
+        ema.load_state_dict(state["ema"])
+        optimizer.load_state_dict(state["optimizer"])
+        losses = state["losses"].tolist()
+        say(f"{name} | continues after step {len(losses)} of {cfg.steps}, from {state_path}")
+    first_step = len(losses)
+
+    # 2. How a batch is divided.
+    n_parts = world() * cfg.accumulate
+    require(cfg.batch >= n_parts, f"--batch {cfg.batch} cannot be divided into {world()} processes x --accumulate {cfg.accumulate}")
+    bounds = [cfg.batch * i // n_parts for i in range(rank() * cfg.accumulate, (rank() + 1) * cfg.accumulate + 1)]
+    parts = [Part(cfg.batch, *pair) for pair in zip(bounds, bounds[1:])]
+    parallel = nn.parallel.DistributedDataParallel(net) if world() > 1 else net  # averages gradients over processes
+
+    def check_recent():
+        """Moves the recent losses to `losses`, unless one is not finite. The only place that waits for the GPU."""
+        table = torch.stack(recent)  # (steps, 2): loss, gradient norm
+        sum_over_processes(table[:, 0])
+        for step, row in enumerate(table.tolist(), len(losses)):
+            require(all(map(math.isfinite, row)), f"{'loss' if not math.isfinite(row[0]) else 'gradient'} not finite at step {step}: "
+                    f"nothing was saved since step {saved}. Try a lower --lr, and look at the data")
+        losses.extend(table[:, 0].tolist())
+        recent.clear()
+
+    # 3. The loop.
     net.train()
-    for step in range(cfg.steps):
-        # Randomness is a function of (seed, step): no state to carry from step to step.
-        torch.manual_seed(int(np.random.SeedSequence([cfg.seed, step]).generate_state(1)[0]))
+    started, logged, saved = time.time(), first_step, first_step
+    with stop_requests() as stopped:
+        for step in range(first_step, cfg.steps):
+            optimizer.zero_grad()
+            loss = torch.zeros((), device=device)
+            for part in parts:
+                # Randomness is a function of (seed, step): no state to carry from step to step.
+                torch.manual_seed(int(np.random.SeedSequence([cfg.seed, step]).generate_state(1)[0]))
+                last_part = part is parts[-1]
+                with contextlib.nullcontext() if last_part or world() == 1 else parallel.no_sync():
+                    with autocast(cfg.precision, device):
+                        part_loss = loss_at(parallel, step, part) * len(part) / cfg.batch
+                    (part_loss * world()).backward()
+                loss += part_loss.detach()
+            norm = nn.utils.clip_grad_norm_(net.parameters(), cfg.clip)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, cfg)
+            optimizer.step()
+            ema_update(ema, net, cfg.ema, step + 1)
+            recent.append(torch.stack([loss, norm]))
 
-        with autocast(cfg.precision, device):
-            loss = loss_at(step)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(net.parameters(), cfg.clip)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, cfg)
-        optimizer.step()
-        ema_update(ema, net, cfg.ema, step + 1)
-
-        recent.append(loss.detach())
-        if (step + 1) % cfg.log_every == 0 or step + 1 == cfg.steps:
-            recent = torch.stack(recent).tolist()  # the only place that waits for the GPU
-            bad = [step + 1 - len(recent) + i for i, value in enumerate(recent) if not math.isfinite(value)]
-            require(not bad, f"the loss was not finite at step {bad[0] if bad else 0}: nothing was saved. Try a lower --lr")
-            losses += recent
-            speed = cfg.batch * (step + 1) / (time.time() - started)
-            extra = f"{note(step)} | " if note else ""
-            print(f"{name} | step {step + 1:>6}/{cfg.steps} | loss {sum(recent) / len(recent):.4f} | {extra}"
-                  f"lr {learning_rate(step, cfg):.1e} | {speed:.0f} img/s | left {time_left(started, step + 1, cfg.steps)}",
-                  flush=True)
-            recent = []
+            done, end = step + 1, step + 1 == cfg.steps or stopped()
+            if end or done % cfg.log_every == 0 or done % cfg.save_every == 0:
+                check_recent()
+            if end or done % cfg.log_every == 0:
+                speed, mean = cfg.batch * (done - first_step) / (time.time() - started), np.mean(losses[logged:])
+                extra = f"{note(step)} | " if note else ""
+                left = time_left(started, done - first_step, cfg.steps - first_step)
+                say(f"{name} | step {done:>6}/{cfg.steps} | loss {mean:.4f} | {extra}lr {learning_rate(step, cfg):.1e} | "
+                    f"{speed:.0f} img/s | left {left}")
+                logged = done
+            if end or done % cfg.save_every == 0:
+                save_state(state_path, cfg, step=done, weights=net.state_dict(), ema=ema.state_dict(),
+                           optimizer=optimizer.state_dict(), losses=torch.tensor(losses, dtype=torch.float32), run=run)
+                saved = done
+            if end and done < cfg.steps:
+                raise Stopped(f"stopped after step {done} of {cfg.steps}: {state_path} keeps it, and the same command continues")
     return ema, losses
+
+
+def save_state(path, cfg, **content):
+    """save(), keeping the state before until the new one is complete."""
+    previous = path.with_stem(path.stem + "_previous")
+    if rank() == 0 and path.exists():
+        os.replace(path, previous)
+    save(path, cfg, **content)
+    if rank() == 0:
+        previous.unlink(missing_ok=True)
+
+
+def newest_state(path):
+    """The last complete training state, or None. Raises UserError if there are files but none can be read."""
+    candidates = [p for p in (path, path.with_stem(path.stem + "_previous")) if p.exists()]
+    for candidate in candidates:
+        try:
+            state = read(candidate)
+        except ValueError as error:
+            say(f"{candidate} is damaged ({error})")
+            continue
+        wait_for_all()  # all have read it, before process 0 tidies up
+        if candidate == path and rank() == 0:
+            path.with_stem(path.stem + "_previous").unlink(missing_ok=True)
+        return state
+    require(not candidates, f"{path} is damaged, and there is no other; start over with --restart")
+    return None

@@ -27,7 +27,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import (Settings, UNet, UserError, command_for, count_parameters, file_digest, require, require_same_entries, run,
-                    save_network, start)
+                    save_network, say, start)
 
 
 @dataclass
@@ -227,7 +227,7 @@ def main(cfg):
     net, kind = read_checkpoint(path, cfg.weights, cfg.image_size or None)
     edm = cfg.predicts == "edm" or cfg.predicts == "auto" and kind == "songunet"
     require(not edm or cfg.to == "01_teacher", f"an EDM network can be the teacher only, not {cfg.to}: it predicts no velocity")
-    print(f"{kind} | {count_parameters(net):,} parameters | {net.args} | predicts {'what EDM asks for' if edm else 'the velocity'}")
+    say(f"{kind} | {count_parameters(net):,} parameters | {net.args} | predicts {'what EDM asks for' if edm else 'the velocity'}")
 
     net.args["dropout"] = cfg.dropout
 
@@ -235,7 +235,7 @@ def main(cfg):
     target = cfg.folder / f"{cfg.to}.pt"
     save_network(target, cfg, net, edm=edm, imported_from=path.name, sha256=file_digest(path, "sha256"))
     following = {"01_teacher": "02_generate_pairs.py", "03_reflow": "04_flow_guided_distill.py", "04_student": "05_eval_fid.py"}[cfg.to]
-    print(f"wrote {target} | next: {command_for(following, cfg)}" + (" --sample_steps 18" if edm else "")
+    say(f"wrote {target} | next: {command_for(following, cfg)}" + (" --sample_steps 18" if edm else "")
           + (" --only student" if cfg.to == "04_student" else ""))
 
 

@@ -46,7 +46,7 @@ def test_beta_end_points_and_shapes(stage):
 
 def test_flips_move_both_ends_of_a_pair_and_choose_per_sample():
     a, b = torch.randn(200, 3, 4, 4), torch.randn(200, 3, 4, 4)
-    fa, fb = random_flip(a, b)
+    fa, fb = random_flip(torch.rand(len(a)), a, b)
     mirrored = [torch.equal(fa[i], a[i].flip(2)) for i in range(200)]
     for i, m in enumerate(mirrored):
         assert torch.equal(fa[i], a[i].flip(2) if m else a[i]) and torch.equal(fb[i], b[i].flip(2) if m else b[i])
@@ -153,10 +153,10 @@ def test_ema_ramp():
     torch.testing.assert_close(ema.conv_in.weight.data, 0.9 * before + 0.1 * now)
 
 
-def test_training_returns_the_ema_and_learns(stage, capsys):
-    cfg = stage("01").Config(steps=30, batch=4, ema=0.5, lr=0.05, warmup=0, cooldown=0.0, log_every=10)
+def test_training_returns_the_ema_and_learns(stage, capsys, tmp_path):
+    cfg = stage("01").Config(out=str(tmp_path), steps=30, batch=4, ema=0.5, lr=0.05, warmup=0, cooldown=0.0, log_every=10)
     net = Field(lambda x, t: x)
-    ema, losses = common.train("test", cfg, net, lambda step: (net(torch.ones(1, 1, 1, 1), torch.ones(1)) - 3).square().mean())
+    ema, losses = common.train("test", cfg, net, lambda net, *_: (net(torch.ones(1, 1, 1, 1), torch.ones(1)) - 3).square().mean())
     assert len(losses) == 30 and losses[-1] < losses[0]
     assert ema.scale < net.scale and not ema.scale.requires_grad  # the average lags behind the rising weight
     assert "step     30/30" in capsys.readouterr().out

@@ -30,7 +30,7 @@ def test_gaussian_streams_to_the_same_moments_in_any_batch_size(stage):
     features_of = lambda x: x.flatten(1)[:, :10].float()
     expected = features_of(images).double().numpy()
     for batch in (1, 32, 70):
-        mu, sigma = stage("05").gaussian(map(features_of, images.split(batch)))
+        mu, sigma = stage("05").gaussian(map(features_of, images.split(batch)), 10)
         np.testing.assert_allclose(mu, expected.mean(0), rtol=1e-12)
         np.testing.assert_allclose(sigma, np.cov(expected.T), rtol=1e-9)
 
@@ -41,11 +41,11 @@ def test_fd_shapes_orders_what_a_person_would_order(stage):
     net = s.train_shape_net(images, attributes, 150, 0, "cpu")
     assert torch.equal(net.head.weight, s.train_shape_net(images, attributes, 150, 0, "cpu").head.weight)
     features_of = torch.no_grad()(lambda x: net(from_uint8(x)))
-    reference = s.gaussian(map(features_of, images.split(500)))
+    reference = s.gaussian(map(features_of, images.split(500)), 72)
     other, kinds = draw_shapes(1000, 16, seed=1)
     noisy = to_uint8(from_uint8(other) + 0.3 * torch.randn(other.shape))
     variants = [other, noisy, other[kinds[:, 0] == 0], (torch.rand(other.shape) * 255).byte()]
-    floor, noise, circles, static = [s.frechet_distance(*s.gaussian(map(features_of, x.split(500))), *reference) for x in variants]
+    floor, noise, circles, static = [s.frechet_distance(*s.gaussian(map(features_of, x.split(500)), 72), *reference) for x in variants]
     assert 10 * floor < noise < static and 10 * floor < circles < static
 
 
@@ -63,10 +63,10 @@ def test_frechet_distance_of_two_gaussians_drawn_in_feature_space(stage):
     """Samples of N(m, a^2) and N(0, b^2), independent: d = |m|^2 + D (a - b)^2; and of a set against itself: 0."""
     s, n, d = stage("05"), 200_000, 5
     first, second = 0.5 + 2 * torch.randn(n, d), 3 * torch.randn(n, d)
-    a, b = (s.gaussian(x.split(1000)) for x in (first, second))
+    a, b = (s.gaussian(x.split(1000), d) for x in (first, second))
     assert s.frechet_distance(*a, *b) == pytest.approx(d * 0.25 + d * 1, rel=0.02)
     assert s.frechet_distance(*a, *a) == pytest.approx(0, abs=1e-6)
-    shuffled = s.gaussian(first[torch.randperm(n)].split(777))
+    shuffled = s.gaussian(first[torch.randperm(n)].split(777), d)
     assert s.frechet_distance(*shuffled, *b) == pytest.approx(s.frechet_distance(*a, *b), rel=1e-6)
 
 
@@ -154,9 +154,10 @@ def test_fid_of_two_sets_without_networks(inception_file, tmp_path):
     assert itself["rows"][0]["distance"] == pytest.approx(0, abs=1e-6) and other["rows"][0]["distance"] > 1e-4
     assert other["protocol"]["metric"].startswith("FD-inception-") and other["protocol"]["n_reference"] == 5  # not called FID
     # The reference was kept: with its statistics as they are, and without its images, the distance is the same.
-    kept = [p for p in (tmp_path / "shapes").glob("05_reference_*.npz") if json.loads(str(np.load(p)["made_from"]))["n_images"] == 5]
-    assert len(kept) == 1
-    again = measured(tmp_path / "a.zip", kept[0])
+    kept = [torch.load(p, weights_only=True) for p in sorted((tmp_path / "shapes").glob("05_reference_*.pt"))]
+    reference, = [k for k in kept if "(5, 3, 16, 16)" in k["made_from"] or "[5, 3, 16, 16]" in k["made_from"]]
+    np.savez(tmp_path / "statistics.npz", mu=reference["mu"].numpy(), sigma=reference["sigma"].numpy())
+    again = measured(tmp_path / "a.zip", tmp_path / "statistics.npz")
     assert again["rows"] == other["rows"] and again["protocol"]["n_reference"] is None and again["protocol"]["reference_sha256"]
     assert measured(tmp_path / "a.zip", tmp_path / "b.zip", "--feature_batch=2")["rows"][0]["distance"] == pytest.approx(
         other["rows"][0]["distance"], rel=1e-4)

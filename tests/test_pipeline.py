@@ -41,10 +41,10 @@ def finished(tmp_path_factory):
 
 
 def test_all_five_stages_write_their_artifacts(finished):
-    names = {p.name for p in (finished / "shapes").iterdir()}
+    names = {p.name for p in (finished / "shapes").iterdir() if not p.name.startswith(("05_row_", "05_reference_"))}
     assert names == {"01_teacher.pt", "01_samples.png", "01_loss.png", "02_pairs.pt", "02_pairs.png", "03_reflow.pt",
                      "03_samples.png", "03_loss.png", "04_student.pt", "04_samples.png", "04_loss.png", "05_results.md",
-                     "05_results.json", "05_samples.png"}
+                     "05_results.json", "05_samples.png", "01_state.pt", "03_state.pt", "04_state.pt"}
     results = json.loads((finished / "shapes/05_results.json").read_text())
     assert [(row["network"], row["calls"]) for row in results["rows"]] == [
         ("real (other drawings)", None), ("teacher", 2), ("teacher", 1), ("2-rectified flow", 2), ("2-rectified flow", 1), ("student", 1)]
@@ -62,7 +62,7 @@ def test_pairs_are_what_the_teachers_ema_makes_of_the_noise_that_is_drawn_again(
     i = torch.tensor([3, 29])
     expected = common.euler(teacher, noise_for(pairs["noise_seed"], i + pairs["first_index"], (3, 16, 16)), 2)
     torch.testing.assert_close(pairs["images"][i].float(), expected, atol=4e-3, rtol=1e-3)
-    noise, data, labels = common.pair_batch(pairs, 8, "cpu")
+    noise, data, labels = common.pair_batch(pairs, common.Part(8, 0, 8), "cpu")
     torch.testing.assert_close(data, common.euler(teacher, noise, 2), atol=4e-3, rtol=1e-3)
 
 
@@ -82,18 +82,18 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(finished, t
         call(number, tmp_path)
     for name in ("01_teacher.pt", "02_pairs.pt", "03_reflow.pt", "04_student.pt", "05_samples.png", "01_loss.png"):
         assert (tmp_path / "shapes" / name).read_bytes() == (finished / "shapes" / name).read_bytes(), name
-    call("01", tmp_path, seed=1)
+    call("01", tmp_path, "--restart", seed=1)
     assert (tmp_path / "shapes/01_teacher.pt").read_bytes() != (finished / "shapes/01_teacher.pt").read_bytes()
 
 
 def test_the_student_can_learn_from_the_flows_own_pairs_without_guidance(finished, tmp_path):
     shutil.copytree(finished / "shapes", tmp_path / "shapes")
-    call("04", tmp_path, pairs_from="flow", n_pairs=20, pair_steps=2, guidance=0)
+    call("04", tmp_path, "--restart", pairs_from="flow", n_pairs=20, pair_steps=2, guidance=0)
     pairs = torch.load(tmp_path / "shapes/04_pairs.pt", weights_only=True)
     flow, _ = common.load_network(tmp_path / "shapes/03_reflow.pt", common.Settings(out=str(tmp_path)), "cpu")
     expected = common.euler(flow, noise_for(0, range(common.OWN_PAIRS, common.OWN_PAIRS + 20), (3, 16, 16)), 2)
     torch.testing.assert_close(pairs["images"].float(), expected, atol=4e-3, rtol=1e-3)
-    noise, data, _ = common.pair_batch(pairs, 8, "cpu")
+    noise, data, _ = common.pair_batch(pairs, common.Part(8, 0, 8), "cpu")
     torch.testing.assert_close(data, common.euler(flow, noise, 2), atol=4e-3, rtol=1e-3)
 
 
@@ -103,7 +103,7 @@ def test_each_loss_of_stage_04_gets_the_students_answer_to_its_own_noise(finishe
     distill, guided = s.distill_loss, s.guided_loss
     monkeypatch.setattr(s, "distill_loss", lambda v, z, *rest: seen.append((v, z)) or distill(v, z, *rest))
     monkeypatch.setattr(s, "guided_loss", lambda v, flow, z, *rest: seen.append((v, z)) or guided(v, flow, z, *rest))
-    call("04", tmp_path, steps=1)
+    call("04", tmp_path, "--restart", steps=1, precision="fp32")
     start, _ = common.load_network(tmp_path / "shapes/03_reflow.pt", common.Settings(out=str(tmp_path)), "cpu")
     assert len(seen) == 2 and not torch.equal(seen[0][1], seen[1][1])
     for velocity, noise in seen:  # at the first step the student is still the flow
@@ -186,12 +186,13 @@ def test_artifacts_of_another_preset_size_or_shape_and_damaged_ones_are_refused(
         (folder / "01_teacher.pt").write_bytes(damaged)
         assert "01_teacher.pt is damaged or not one of ours" in refused("02", tmp_path)
     artifact = torch.load(finished / "shapes/01_teacher.pt", weights_only=True)
-    torch.save({**artifact, "network": {**artifact["network"], "base": 16}}, folder / "01_teacher.pt")
+    common.save(folder / "01_teacher.pt", common.Settings(), **{k: artifact[k] for k in artifact if k not in ("preset", "settings")}
+                | {"network": {**artifact["network"], "base": 16}})
     assert "misshapen, first time0.weight" in refused("02", tmp_path)
     (folder / "01_teacher.pt").write_bytes(good)
-    call("01", tmp_path, image_size=8)
+    call("01", tmp_path, "--restart", image_size=8)
     assert "image_size is 8 in the first and 16 in the second" in refused("05", tmp_path)
-    call("02", tmp_path)
+    call("02", tmp_path, "--restart")
     assert "image_size is 16 in the first and 8 in the second" in refused("04", tmp_path)
 
 
@@ -200,8 +201,10 @@ def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
         def __reduce__(self):
             return (open, (str(tmp_path / "created"), "w"))
 
-    (tmp_path / "shapes").mkdir()
-    torch.save({"preset": "shapes", "network": Malicious()}, tmp_path / "shapes/01_teacher.pt")
+    path = tmp_path / "shapes/01_teacher.pt"
+    common.save(path, common.Settings(), network=Malicious())  # with a right checksum
+    assert "not one of ours" in refused("02", tmp_path)
+    path.write_bytes(path.read_bytes()[:-len(common.SEAL) - 32])
     assert "not one of ours" in refused("02", tmp_path)
     assert not (tmp_path / "created").exists()
 
@@ -209,14 +212,15 @@ def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path, monkeypatch):
     s = load_script("01")
     loss, steps = s.flow_loss, []
-    monkeypatch.setattr(s, "flow_loss", lambda *a: steps.append(0) or loss(*a) * (float("nan") if len(steps) == 4 else 1))
-    assert "not finite at step 3" in refused("01", tmp_path, steps=20, log_every=5)
-    assert not (tmp_path / "shapes").exists() and len(steps) == 5
+    monkeypatch.setattr(s, "flow_loss", lambda *a: steps.append(0) or loss(*a) * (float("nan") if len(steps) == 14 else 1))
+    assert "loss not finite at step 13: nothing was saved since step 10" in refused("01", tmp_path, steps=40, log_every=5, save_every=10)
+    assert len(steps) == 15 and [p.name for p in (tmp_path / "shapes").iterdir()] == ["01_state.pt"]
+    assert common.read(tmp_path / "shapes/01_state.pt")["step"] == 10
 
 
 def test_a_full_disk_stops_02_before_it_starts(finished, tmp_path, monkeypatch):
     shutil.copytree(finished / "shapes", tmp_path / "shapes")
-    before = (tmp_path / "shapes/02_pairs.pt").read_bytes()
+    (tmp_path / "shapes/02_pairs.pt").unlink()
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
-    assert "needs 0 MB and only 0 MB are free" in refused("02", tmp_path)
-    assert (tmp_path / "shapes/02_pairs.pt").read_bytes() == before
+    assert "three times that while it is made; 0 MB are free" in refused("02", tmp_path)
+    assert not (tmp_path / "shapes/02_pairs.pt").exists()
