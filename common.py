@@ -617,6 +617,8 @@ def read_image_files(path, image_size, memory_gb, skip_bad, cache):
         except (zipfile.BadZipFile, OSError) as error:
             raise UserError(f"{path} is neither a folder nor a zip that can be read: {error}") from error
         names, read = [name for name in archive.namelist() if not name.endswith("/")], archive.read
+        outside = [name for name in names if name.startswith("/") or ".." in name.split("/")]
+        require(not outside, f"{path}: {''.join(outside[:1])} lies outside of the archive: it was made to do harm, or by mistake")
         version = [path.stat().st_size, path.stat().st_mtime_ns]
     described = "dataset.json" in names
     hidden = re.compile(r"(^|/)(\.|__MACOSX/|Thumbs\.db$|dataset\.json$)")
@@ -967,9 +969,10 @@ def make_pairs(path, cfg, net, artifact, n, steps, first_index):
 
     def is_done(rows):
         try:
-            require_same_run(folder, read(part_of(rows))["run"], run)
-        except (FileNotFoundError, ValueError, KeyError):
+            part = read(part_of(rows))
+        except (FileNotFoundError, ValueError):
             return False  # missing or damaged: made again
+        require_same_run(folder, part["run"], run)
         return True
 
     todo = [rows for rows in batches if not is_done(rows)]
