@@ -39,7 +39,7 @@ class Config(Settings):
     attn: tuple[int, ...] = (8,)  # image sizes at which attention is used. ours; paper: 16
     dropout: float = 0.0  # probability. ours; official code: 0.15
     # Training
-    steps: int = 360  # optimiser steps. ours
+    steps: int = 400  # optimiser steps. ours
     batch: int = 64  # images per step. ours; paper: 128
     lr: float = 8e-3  # Adam's learning rate. ours; paper: 2e-4
     warmup: int = 100  # steps in which lr rises from 0. ours; paper: 5000

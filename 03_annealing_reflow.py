@@ -28,7 +28,7 @@ from common import (EPS, Settings, UNet, check_ranges, command_for, count_parame
 class Config(Settings):
     # Annealing
     schedule: Literal["linear", "cosine", "exponential", "fixed"] = "linear"  # how beta falls. paper: linear is best
-    anneal_steps: int = 500  # K, steps until beta is 0 (exponential: until it is 1/e). ours; paper: 300,000
+    anneal_steps: int = 450  # K, steps until beta is 0 (exponential: until it is 1/e). ours; paper: 300,000
     beta_fixed: float = 0.0  # beta of the fixed schedule; 0 is plain reflow, the paper's baseline
     flip: bool = True  # mirror noise and image of a pair together, with probability 1/2. paper: yes
     # Network: the small student
@@ -38,7 +38,7 @@ class Config(Settings):
     attn: tuple[int, ...] = (8,)  # image sizes at which attention is used. ours; paper: 16
     dropout: float = 0.0  # probability. ours; paper: 0.15
     # Training
-    steps: int = 1400  # optimiser steps. ours; paper: 800,000
+    steps: int = 1250  # optimiser steps. ours; paper: 800,000
     batch: int = 64  # pairs per step. ours; paper: 128
     lr: float = 8e-3  # Adam's learning rate. ours; paper: 2e-4
     warmup: int = 100  # steps in which lr rises from 0. ours; paper: 5000

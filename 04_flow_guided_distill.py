@@ -51,7 +51,7 @@ class Config(Settings):
     pair_steps: int = 16  # Euler steps of each of them. ours; paper: an RK45 solver
     sample_batch: int = 128  # images per network call while making them. ours
     # Training
-    steps: int = 1200  # optimiser steps. ours; paper: 400,000
+    steps: int = 1050  # optimiser steps. ours; paper: 400,000
     batch: int = 32  # pairs per step, and as many fresh noises. ours; paper: 128
     lr: float = 1.5e-3  # Adam's learning rate. ours; paper: 2e-4
     warmup: int = 0  # steps in which lr rises from 0; official code: none, because the weights are trained already

@@ -506,7 +506,9 @@ def main(cfg):
     protocol_line = ", ".join(f"{key} {value}" for key, value in protocol.items())
 
     # 4. Every network from the same noise and labels, or the given images; each process makes a share of them.
-    rows, pictures = [], {} if real is None else {"real": from_uint8(real[torch.linspace(0, len(real) - 1, 12).long()])}
+    rows, pictures = [], {}
+    if real is not None and cfg.metric != "fd_shapes":
+        pictures["real"] = from_uint8(real[torch.linspace(0, len(real) - 1, 12).long()])
     require(n_samples >= world(), f"{n_samples} images cannot be shared out to {world()} processes")
     reference_key = hashlib.sha256(statistics[0].numpy().tobytes() + statistics[1].numpy().tobytes()).hexdigest() if statistics else ""
 

@@ -202,6 +202,16 @@ def wait_for_all():
     sum_over_processes(torch.zeros(1))
 
 
+@contextlib.contextmanager
+def process_0_first():
+    """Process 0 goes through the block, then the others: it makes a file, and they find it."""
+    if rank():
+        wait_for_all()
+    yield
+    if rank() == 0:
+        wait_for_all()
+
+
 @dataclasses.dataclass
 class Part:
     """The share of a step's batch that is computed at once: samples first ... last - 1.
@@ -499,9 +509,15 @@ def download(url, path, algorithm, digest):
     The file gets its name only when its hash begins with `digest`; a download that breaks off starts anew the next time.
     Raises UserError without a network, or if the content is not what was expected.
     """
-    path, part = Path(path), Path(f"{path}.part")
-    if path.exists():
-        return path
+    with process_0_first():
+        if not Path(path).exists():
+            fetch(url, Path(path), algorithm, digest)
+    return Path(path)
+
+
+def fetch(url, path, algorithm, digest):
+    """download(), where the file is not there yet."""
+    part = Path(f"{path}.part")
     advice = f"run the command again, or put the file at {path} yourself"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -515,7 +531,6 @@ def download(url, path, algorithm, digest):
         raise UserError(f"could not download {url} ({error}); {advice}") from error
     finally:
         part.unlink(missing_ok=True)
-    return path
 
 
 def published_weights(path, url, sha256, setting, otherwise, any_weights=False):
@@ -641,13 +656,14 @@ def read_image_files(path, image_size, memory_gb, skip_bad, cache):
     else:
         key = hashlib.sha256(repr((str(path.resolve()), image_size, skip_bad, version)).encode()).hexdigest()[:16]
         kept, kept_path, pixels_path = [], cache / f"{key}.kept.npy", cache / f"{key}.uint8"
-        if not pixels_path.exists():
-            with writing(pixels_path) as file:
-                for i, image in decoded:
-                    file.write(image.tobytes())
-                    kept.append(i)
-                with writing(kept_path) as kept_file:
-                    np.save(kept_file, np.array(kept, dtype=np.int64))
+        with process_0_first():
+            if not pixels_path.exists():
+                with writing(pixels_path) as file:
+                    for i, image in decoded:
+                        file.write(image.tobytes())
+                        kept.append(i)
+                    with writing(kept_path) as kept_file:
+                        np.save(kept_file, np.array(kept, dtype=np.int64))
         kept = np.load(kept_path)
         pixels = np.memmap(pixels_path, dtype=np.uint8, mode="c").reshape(-1, *shape[1:])
         say(f"{path} | memory-mapped from {pixels_path}")
@@ -1089,12 +1105,13 @@ def train(name, cfg, net, loss_at, inputs=(), note=None):
 
     def check_recent():
         """Moves the recent losses to `losses`, unless one is not finite. The only place that waits for the GPU."""
-        table = torch.stack(recent)  # (steps, 2): loss, gradient norm
-        sum_over_processes(table[:, 0])
-        for step, row in enumerate(table.tolist(), len(losses)):
-            require(all(map(math.isfinite, row)), f"{'loss' if not math.isfinite(row[0]) else 'gradient'} not finite at step {step}: "
-                    f"nothing was saved since step {saved}. Try a lower --lr, and look at the data")
-        losses.extend(table[:, 0].tolist())
+        loss, norm = torch.stack(recent, dim=1)  # (steps,) each
+        sum_over_processes(loss)
+        for step, values in enumerate(zip(loss.tolist(), norm.tolist()), len(losses)):
+            for value, what in zip(values, ("loss", "gradient")):
+                require(math.isfinite(value), f"{what} not finite at step {step}: nothing was saved since step {saved}. Try a lower "
+                        "--lr, and look at the data")
+        losses.extend(loss.tolist())
         recent.clear()
 
     # 3. The loop.
