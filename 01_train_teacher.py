@@ -54,8 +54,8 @@ class Config(Settings):
 
     def __post_init__(self):
         check_ranges(self, image_size=(4, 1024), memory_gb=(0, None), dropout=(0, 0.99), steps=(1, None), batch=(1, None),
-                     lr=(0, 1), warmup=(0, None), cooldown=(0, 1), ema=(0, 1), clip=(1e-6, None), accumulate=(1, None), log_every=(1, None),
-                     save_every=(1, None), sample_steps=(1, None))
+                     lr=(0, 1), warmup=(0, None), cooldown=(0, 1), ema=(0, 1), clip=(1e-6, None), accumulate=(1, None),
+                     log_every=(1, None), save_every=(1, None), sample_steps=(1, None))
 
 
 # The paper's recipe. Its teacher was a published 1-rectified flow; 800,000 steps are ours, after its stage 03.

@@ -16,7 +16,8 @@ Next    python 03_annealing_reflow.py
 """
 from dataclasses import dataclass
 
-from common import PAIRS, Settings, check_ranges, command_for, count_parameters, load, load_network, make_pairs, run, save_grid, say, start
+from common import (PAIRS, Settings, check_ranges, command_for, count_parameters, load, load_network, make_pairs, run, save_grid,
+                    say, start)
 
 
 @dataclass

@@ -53,8 +53,8 @@ class Config(Settings):
 
     def __post_init__(self):
         check_ranges(self, anneal_steps=(1, None), beta_fixed=(0, 1), dropout=(0, 0.99), steps=(1, None), batch=(1, None),
-                     lr=(0, 1), warmup=(0, None), cooldown=(0, 1), ema=(0, 1), clip=(1e-6, None), accumulate=(1, None), log_every=(1, None),
-                     save_every=(1, None), sample_steps=(1, None))
+                     lr=(0, 1), warmup=(0, None), cooldown=(0, 1), ema=(0, 1), clip=(1e-6, None), accumulate=(1, None),
+                     log_every=(1, None), save_every=(1, None), sample_steps=(1, None))
 
 
 PAPER = dict(anneal_steps=300_000, base=96, mult=(1, 2, 2), blocks=2, attn=(16,), dropout=0.15, steps=800_000, batch=128,

@@ -438,7 +438,7 @@ def table(rows, metric):
 
 
 def feature_network(cfg, size, device):
-    """(F, number of features, its protocol): F maps uint8 (B, 3, H, W) to features (B, D); (None, 0, protocol) for metric none."""
+    """(F, D, protocol): F maps uint8 (B, 3, H, W) to features (B, D). For metric none, F is None and D is 0."""
     if cfg.metric == "none":
         return None, 0, {"metric": "none"}
     if cfg.metric == "fd_shapes":
@@ -488,14 +488,17 @@ def main(cfg):
 
     def gaussian_of(batches):
         sums_on = device if device.type == "cuda" else "cpu"
-        return gaussian((features_of(part.to(device)) for batch in batches for part in batch.split(cfg.feature_batch)),
-                        n_features, sums_on)
+        parts = (part.to(device) for batch in batches for part in batch.split(cfg.feature_batch))
+        return gaussian(map(features_of, parts), n_features, sums_on)
+
+    def reference():
+        mu, sigma = gaussian_of([real[share(len(real))]])
+        return {"mu": mu.cpu(), "sigma": sigma.cpu()}
 
     if features_of:
         if statistics is None:
             made_from = (hashlib.sha256(real.numpy()).hexdigest(), real.shape, protocol, cfg.seed)
-            found = kept("reference", made_from, cfg, lambda: dict(zip(("mu", "sigma"), [a.cpu() for a in gaussian_of([real[share(len(real))]])])))
-            statistics = found["mu"], found["sigma"]
+            statistics = [kept("reference", made_from, cfg, reference)[name] for name in ("mu", "sigma")]
         require(len(statistics[0]) == n_features, f"{source} has statistics of {len(statistics[0])} features, and "
                 f"{protocol['metric']} has {n_features}")
     protocol |= {"n_samples": n_samples, "reference": source, "n_reference": n_reference}
@@ -510,7 +513,7 @@ def main(cfg):
     if real is not None and cfg.metric != "fd_shapes":
         pictures["real"] = from_uint8(real[torch.linspace(0, len(real) - 1, 12).long()])
     require(n_samples >= world(), f"{n_samples} images cannot be shared out to {world()} processes")
-    reference_key = hashlib.sha256(statistics[0].numpy().tobytes() + statistics[1].numpy().tobytes()).hexdigest() if statistics else ""
+    reference_key = hashlib.sha256(b"".join(a.numpy().tobytes() for a in statistics or [])).hexdigest()
 
     def measure(title, made_from, batches, facts):
         """Adds a row to the table: facts(), and the distance of this process's share of uint8 images, batches()."""
@@ -523,7 +526,7 @@ def main(cfg):
             row = {"network": title.split(",")[0], **dict.fromkeys(COLUMNS), **facts(), "distance": distance}
             return {"row": row, "picture": first[:12].clone()}
 
-        found = kept("row", (made_from, reference_key, sorted(protocol.items(), key=str)), cfg, compute)
+        found = kept("row", (made_from, reference_key, protocol_line, device.type), cfg, compute)
         rows.append(found["row"])
         pictures[title] = from_uint8(found["picture"])
         if features_of:
@@ -533,20 +536,22 @@ def main(cfg):
     if given is not None:
         measure(cfg.images, hashlib.sha256(given.numpy()).hexdigest(), lambda: given[mine].split(cfg.feature_batch), dict)
     elif cfg.metric == "fd_shapes":  # the floor: other drawings by the same hand
-        measure("real (other drawings)", "drawings", lambda: draw_shapes(n_samples, size, seed=1)[0][mine].split(cfg.feature_batch), dict)
+        drawings = draw_shapes(n_samples, size, seed=1)[0]
+        measure("real (other drawings)", "drawings", lambda: drawings[mine].split(cfg.feature_batch), dict)
     indices = torch.arange(EVALUATION, EVALUATION + n_samples)
     for name, net, artifact, steps in networks:
         sampler, n_calls = sampler_of(artifact)
         calls, batch = n_calls(steps), min(cfg.sample_batch, n_samples)
         labels = labels_for(cfg.seed, n_samples, net.args["classes"])
+        my_labels, few_labels = (None, None) if labels is None else (labels[mine], labels[:batch].to(device))
 
         def samples():
-            made = generate(net, cfg.seed, indices[mine], steps, None if labels is None else labels[mine], cfg.sample_batch, sampler)
+            made = generate(net, cfg.seed, indices[mine], steps, my_labels, cfg.sample_batch, sampler)
             return (quantise(x, cfg.rounding) for _, x in made)
 
         def facts():
-            noise, few = noise_for(cfg.seed, indices[:batch], (3, size, size)).to(device), None if labels is None else labels[:batch].to(device)
-            curved = straightness(net, noise, steps, few) if sampler is euler and steps > 1 else None
+            noise = noise_for(cfg.seed, indices[:batch], (3, size, size)).to(device)
+            curved = straightness(net, noise, steps, few_labels) if sampler is euler and steps > 1 else None
             ms_one, ms_bulk = (1000 * calls * seconds_per_call(net, n) / n for n in (1, batch))
             return {"calls": calls, "parameters": count_parameters(net), "macs": count_macs(net), "ms_one": ms_one,
                     "ms_bulk": ms_bulk, "straightness": curved}

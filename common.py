@@ -245,7 +245,7 @@ class Stopped(Exception):
 
 @contextlib.contextmanager
 def stop_requests():
-    """`with stop_requests() as stopped:` stopped() is True once SIGINT or SIGTERM came to any process; a second one ends at once."""
+    """`with stop_requests() as stopped:` stopped() is True once SIGINT or SIGTERM came to any process. A second one ends at once."""
     received = []
 
     def note(number, frame):
@@ -655,21 +655,31 @@ def read_image_files(path, image_size, memory_gb, skip_bad, cache):
             kept.append(i)
     else:
         key = hashlib.sha256(repr((str(path.resolve()), image_size, skip_bad, version)).encode()).hexdigest()[:16]
-        kept, kept_path, pixels_path = [], cache / f"{key}.kept.npy", cache / f"{key}.uint8"
+        about_path, pixels_path = cache / f"{key}.json", cache / f"{key}.uint8"
         with process_0_first():
-            if not pixels_path.exists():
+            kept = kept_in(about_path, pixels_path)
+            if kept is None:
+                kept = []
                 with writing(pixels_path) as file:
                     for i, image in decoded:
                         file.write(image.tobytes())
                         kept.append(i)
-                    with writing(kept_path) as kept_file:
-                        np.save(kept_file, np.array(kept, dtype=np.int64))
-        kept = np.load(kept_path)
+                with writing(about_path) as file:
+                    file.write(json.dumps({"kept": kept, "sha256": file_digest(pixels_path, "sha256")}).encode())
         pixels = np.memmap(pixels_path, dtype=np.uint8, mode="c").reshape(-1, *shape[1:])
         say(f"{path} | memory-mapped from {pixels_path}")
     if len(kept) < len(names):
         say(f"{path} | skipped {len(names) - len(kept)} of {len(names)} files that are not readable images")
     return torch.from_numpy(pixels[:len(kept)]), None if labels is None else torch.from_numpy(labels[kept])
+
+
+def kept_in(about_path, pixels_path):
+    """The positions of the images that a memory-mapped file holds; None if there is no such file, or not as it was written."""
+    try:
+        about = json.loads(about_path.read_bytes())
+        return about["kept"] if file_digest(pixels_path, "sha256") == about["sha256"] else None
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
 
 
 def read_labels(path, names, dataset_json):

@@ -42,6 +42,16 @@ class Field(torch.nn.Module):
         return self.scale * self.velocity(x, t[:, None, None, None])
 
 
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """A folder in which all five stages have run, on a few images for a few steps."""
+    from test_pipeline import TINY, call
+    out = tmp_path_factory.mktemp("out")
+    for number in TINY:
+        call(number, out)
+    return out
+
+
 @pytest.fixture
 def stage():
     return load_script

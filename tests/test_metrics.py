@@ -39,7 +39,8 @@ def test_fd_shapes_orders_what_a_person_would_order(stage):
     s = stage("05")
     images, attributes = draw_shapes(2000, 16)
     net = s.train_shape_net(images, attributes, 150, 0, "cpu")
-    assert torch.equal(net.head.weight, s.train_shape_net(images, attributes, 150, 0, "cpu").head.weight)
+    once, again = (s.train_shape_net(images, attributes, 3, 0, "cpu").head.weight for _ in range(2))
+    assert torch.equal(once, again)
     features_of = torch.no_grad()(lambda x: net(from_uint8(x)))
     reference = s.gaussian(map(features_of, images.split(500)), 72)
     other, kinds = draw_shapes(1000, 16, seed=1)
@@ -161,7 +162,6 @@ def test_fid_of_two_sets_without_networks(inception_file, tmp_path):
     assert again["rows"] == other["rows"] and again["protocol"]["n_reference"] is None and again["protocol"]["reference_sha256"]
     assert measured(tmp_path / "a.zip", tmp_path / "b.zip", "--feature_batch=2")["rows"][0]["distance"] == pytest.approx(
         other["rows"][0]["distance"], rel=1e-4)
-    assert measured(tmp_path / "a.zip", tmp_path / "b.zip", "--resize=pytorch_fid")["rows"] != other["rows"]
 
     for more, message in (([], "6 images are fewer than the 2048 features"), (["--reference="], "--images needs --reference"),
                           ([f"--reference={tmp_path / 'small.zip'}", "--allow_few"], "bring them to one size")):

@@ -32,14 +32,6 @@ def call(number, out, *flags, **more):
     s.main(common.read_settings(s.Config, s.PRESETS, s.__doc__, arguments(number, out, **more) + list(flags)))
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    out = tmp_path_factory.mktemp("out")
-    for number in TINY:
-        call(number, out)
-    return out
-
-
 def test_all_five_stages_write_their_artifacts(finished):
     names = {p.name for p in (finished / "shapes").iterdir() if not p.name.startswith(("05_row_", "05_reference_"))}
     assert names == {"01_teacher.pt", "01_samples.png", "01_loss.png", "02_pairs.pt", "02_pairs.png", "03_reflow.pt",

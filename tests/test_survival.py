@@ -16,24 +16,16 @@ from PIL import Image
 import common
 from common import UserError
 from conftest import ROOT, load_script
-from test_pipeline import TINY, arguments, call, refused
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    out = tmp_path_factory.mktemp("out")
-    for number in TINY:
-        call(number, out)
-    return out / "shapes"
+from test_pipeline import arguments, call, refused
 
 
 def test_every_flipped_bit_and_every_truncation_is_noticed(finished, tmp_path):
     """1,000 flips and 100 truncations of each kind of artifact: teacher, pairs, state, row of 05's table, its reference."""
     rng, counts = random.Random(0), {}
     kinds = ["01_teacher.pt", "02_pairs.pt", "03_reflow.pt", "04_student.pt", "01_state.pt",
-             next(finished.glob("05_row_*")).name, next(finished.glob("05_reference_*")).name]
+             next((finished / "shapes").glob("05_row_*")).name, next((finished / "shapes").glob("05_reference_*")).name]
     for name in kinds:
-        good, path = (finished / name).read_bytes(), tmp_path / name
+        good, path = (finished / "shapes" / name).read_bytes(), tmp_path / name
         path.write_bytes(good)
         assert common.read(path)
         counts[name] = 0
@@ -64,7 +56,7 @@ def test_a_damaged_state_is_named_and_the_one_before_it_used(tmp_path, capsys):
 def test_damaged_batches_of_pairs_are_made_again(finished, tmp_path):
     for name in ("01_teacher.pt", "02_pairs.pt"):
         (tmp_path / "shapes").mkdir(exist_ok=True)
-        shutil.copy(finished / name, tmp_path / "shapes")
+        shutil.copy(finished / "shapes" / name, tmp_path / "shapes")
     pairs = (tmp_path / "shapes/02_pairs.pt").read_bytes()
     (tmp_path / "shapes/02_pairs.pt").unlink()
     saved, save = [], common.save
@@ -168,7 +160,7 @@ def test_out_of_memory_names_the_settings_to_change(tmp_path, monkeypatch):
 
 
 def test_05_does_not_measure_again_what_it_has(finished, tmp_path, monkeypatch):
-    shutil.copytree(finished, tmp_path / "shapes")
+    shutil.copytree(finished / "shapes", tmp_path / "shapes")
     before = (tmp_path / "shapes/05_results.json").read_bytes()
     monkeypatch.setattr(load_script("05"), "generate", None)  # it cannot sample
     call("05", tmp_path)
