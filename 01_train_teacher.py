@@ -6,7 +6,8 @@ an image and, independently, a noise; walk along the straight line between them;
     x_t = t x + (1 - t) z        L = E || v(x_t, t) - (x - z) ||^2        t ~ U[EPS, 1]
 
 Where lines cross, v learns their average, so the flow's own paths are curved: this teacher needs many Euler steps. The
-later stages are about making them straight, in a smaller network.
+later stages are about making them straight, in a smaller network. (The 1 counts trainings: a 2-rectified flow is trained
+once more, on noises and images that a 1-rectified flow has paired.)
 
 Reads   images: --data shapes (drawn by the program), cifar10 (downloaded), or the path of a folder or zip
 Writes  out/<preset>/01_teacher.pt, 01_samples.png, 01_loss.png; 01_state.pt, from which a run continues
@@ -68,7 +69,7 @@ PRESETS = {
                       "warmup": 1000, "cooldown": 0.3, "ema": 0.9995, "log_every": 200},  # ours
     "cifar10": {**PAPER, "data": "cifar10"},
     "ffhq64": {**PAPER, "data": "ffhq-64x64.zip", "image_size": 64},
-    # ours: 113.8M (paper: EDM's 296M ADM network), one class label per image
+    # ours: 114.0M (paper: EDM's 296M ADM network), one class label per image
     "imagenet64": {**PAPER, "data": "imagenet-64x64.zip", "image_size": 64, "base": 192, "blocks": 3, "dropout": 0.1,
                    "conditional": True, "flip": False},
 }
@@ -91,7 +92,7 @@ def flow_loss(net, noise, data, labels=None, u=None):
 def main(cfg):
     device = start(cfg, "01 teacher")
 
-    # 1. Data: all images as uint8 in memory.
+    # 1. Data: all images as uint8, in memory or memory-mapped.
     images, labels = load_images(cfg.data, cfg.image_size, cfg.memory_gb, cfg.skip_bad, Path(cfg.out) / "cache")
     require(cfg.batch <= len(images), f"--batch {cfg.batch} is larger than the data: {cfg.data} has {len(images)} images")
     require(labels is not None or not cfg.conditional, f"--conditional needs labels, and {cfg.data} has none")

@@ -130,9 +130,10 @@ class LPIPS(nn.Module):
     def per_layer(self, x, y):
         """The distance in each of the five layers: (B, 5)."""
         distances = []
-        for i, (a, b) in enumerate(zip(self.unit_features(x), self.unit_features(y))):
-            weight = self.get_submodule(f"lin{i}.model.1").weight[0]  # (C, 1, 1), positive
-            distances.append(((a - b).square() * weight).sum(1).mean(dim=(1, 2)))
+        with torch.autocast(x.device.type, enabled=False):  # float32, also where the networks are bf16
+            for i, (a, b) in enumerate(zip(self.unit_features(x.float()), self.unit_features(y.float()))):
+                weight = self.get_submodule(f"lin{i}.model.1").weight[0]  # (C, 1, 1), positive
+                distances.append(((a - b).square() * weight).sum(1).mean(dim=(1, 2)))
         return torch.stack(distances, dim=1)
 
     def forward(self, x, y):

@@ -11,7 +11,7 @@ drawn, trained here in seconds: its distance is called FD-shapes, and is compara
 With --images SET --reference SET it measures any images, without a network of ours.
 
 Reads   out/<preset>/01_teacher.pt, 03_reflow.pt, 04_student.pt; the teacher's data; Inception's weights for FID
-Writes  out/<preset>/05_results.md, 05_results.json, 05_samples.png, or with --images 05_images.*; and what need not be computed
+Writes  out/<preset>/05_results.md, 05_results.json, 05_samples.png, with --images 05_images.*, with --only NAME 05_NAME.*; and what need not be computed
         again: 05_reference_<key>.pt, 05_row_<key>.pt
 Takes   shapes: 50 s on 2 CPU cores (AMD EPYC, torch 2.13, fp32)
 """
@@ -32,8 +32,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from common import (COLOURS, EVALUATION, SHAPES, Attention, Settings, UserError, check_ranges, count_parameters, draw_shapes,
                     euler, file_digest, from_uint8, generate, labels_for, load, load_images, load_network, load_strictly,
-                    noise_for, published_weights, read, require, require_same_kind, run, sampler_of, save, save_grid, say, share,
-                    start, sum_over_processes, to_uint8, wait_for_all, world, writing)
+                    noise_for, published_weights, read, require, require_same_kind, run, same_in_all_processes, sampler_of,
+                    save, save_grid, say, share, start, sum_over_processes, to_uint8, wait_for_all, world, writing)
 
 INCEPTION_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
                  "pt_inception-2015-12-05-6726825d.pth")
@@ -443,8 +443,10 @@ def feature_network(cfg, size, device):
         return None, 0, {"metric": "none"}
     if cfg.metric == "fd_shapes":
         net = train_shape_net(*draw_shapes(16_384, size), cfg.feature_steps, cfg.seed, device)
+        same_in_all_processes(*net.state_dict().values())
+        digest = hashlib.sha256(b"".join(value.cpu().numpy().tobytes() for value in net.state_dict().values())).hexdigest()[:16]
         features_of = torch.no_grad()(lambda images: net(from_uint8(images)))
-        return features_of, net.head.in_features, {"metric": "FD-shapes", "classifier_steps": cfg.feature_steps}
+        return features_of, net.head.in_features, {"metric": "FD-shapes", "classifier_steps": cfg.feature_steps, "classifier": digest}
     net, digest = load_inception(cfg, device)
     name = "FID" if digest.startswith(INCEPTION_SHA256) else f"FD-inception-{digest[:8]}"  # only those are FID's
     protocol = {"metric": name, "resize": cfg.resize, "inception_sha256": digest}
@@ -454,6 +456,7 @@ def feature_network(cfg, size, device):
 def main(cfg):
     device = start(cfg, "05 evaluation")
     out = cfg.folder
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # a distance is float32 on every GPU
 
     # 1. What is measured: networks, which must belong together, or the given images.
     networks = []  # (name, network, artifact, steps)
@@ -469,7 +472,9 @@ def main(cfg):
     # 2. What it is compared with: images, or their statistics.
     require(not cfg.images or cfg.reference or cfg.metric == "fd_shapes",
             "--images needs --reference: a set of images, or an .npz with mu and sigma")
-    source = cfg.reference or ("shapes" if cfg.images else load(out / "01_teacher.pt", cfg)["settings"]["data"])
+    trained_on = [artifact["settings"]["data"] for *_, artifact, _ in networks if "data" in artifact["settings"]]
+    source = cfg.reference or ("shapes" if cfg.images else [*trained_on, None][0])
+    source = source or load(out / "01_teacher.pt", cfg)["settings"]["data"]
     require(cfg.metric != "fd_shapes" or source == "shapes",
             f"FD-shapes measures drawings, not {source}: set --metric fid or none")
     size = networks[0][1].args["image_size"] if networks else given.shape[-1] if source == "shapes" else None
@@ -526,7 +531,7 @@ def main(cfg):
             row = {"network": title.split(",")[0], **dict.fromkeys(COLUMNS), **facts(), "distance": distance}
             return {"row": row, "picture": first[:12].clone()}
 
-        found = kept("row", (made_from, reference_key, protocol_line, device.type), cfg, compute)
+        found = kept("row", (made_from, reference_key, protocol_line, device.type, cfg.sample_batch), cfg, compute)
         rows.append(found["row"])
         pictures[title] = from_uint8(found["picture"])
         if features_of:
@@ -543,14 +548,14 @@ def main(cfg):
         sampler, n_calls = sampler_of(artifact)
         calls, batch = n_calls(steps), min(cfg.sample_batch, n_samples)
         labels = labels_for(cfg.seed, n_samples, net.args["classes"])
-        my_labels, few_labels = (None, None) if labels is None else (labels[mine], labels[:batch].to(device))
+        my_labels, few_labels = (None, None) if labels is None else (labels[mine], labels[:128].to(device))
 
         def samples():
             made = generate(net, cfg.seed, indices[mine], steps, my_labels, cfg.sample_batch, sampler)
             return (quantise(x, cfg.rounding) for _, x in made)
 
         def facts():
-            noise = noise_for(cfg.seed, indices[:batch], (3, size, size)).to(device)
+            noise = noise_for(cfg.seed, indices[:128], (3, size, size)).to(device)
             curved = straightness(net, noise, steps, few_labels) if sampler is euler and steps > 1 else None
             ms_one, ms_bulk = (1000 * calls * seconds_per_call(net, n) / n for n in (1, batch))
             return {"calls": calls, "parameters": count_parameters(net), "macs": count_macs(net), "ms_one": ms_one,
@@ -559,8 +564,8 @@ def main(cfg):
         measure(f"{name}, {calls} call{'s' * (calls != 1)}", (artifact["digest"], steps), samples, facts)
 
     # 5. The table and the picture.
-    stem = "05_images" if cfg.images else "05_results"
-    picture = "05_images.png" if cfg.images else "05_samples.png"
+    stem = "05_images" if cfg.images else "05_results" if cfg.only == "all" else f"05_{cfg.only}"
+    picture = "05_samples.png" if stem == "05_results" else f"{stem}.png"
     lines = table(rows, protocol["metric"])
     with writing(out / f"{stem}.json") as file:
         file.write(json.dumps({"preset": cfg.preset, "protocol": protocol, "rows": rows}, indent=1).encode())

@@ -153,8 +153,8 @@ def start(cfg, name):
     device = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(device)
-        if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index)
             torch.cuda.set_device(device)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
@@ -192,6 +192,12 @@ def sum_over_processes(*tensors):
         dist.all_reduce(tensor)
 
 
+def same_in_all_processes(*tensors):
+    """Replaces each tensor by process 0's."""
+    for tensor in tensors if world() > 1 else ():
+        dist.broadcast(tensor, 0)
+
+
 def share(n):
     """This process's slice of n things."""
     return slice(n * rank() // world(), n * (rank() + 1) // world())
@@ -217,26 +223,39 @@ class Part:
     """The share of a step's batch that is computed at once: samples first ... last - 1.
 
     A batch is divided among processes, and by `accumulate` into parts that are computed one after another. Every part draws
-    the random numbers of the whole batch and keeps its own, so that neither division changes what is computed.
+    the random numbers of the whole batch and keeps its own, so that neither division changes what is computed. (Dropout draws
+    its masks elsewhere, anew for each part.)
     """
     batch: int
     first: int
     last: int
+
+    def begin(self, seed, step):
+        """To be called before the others: all randomness follows from (seed, step), so no state is carried on from step to step."""
+        mixed = lambda *numbers: int(np.random.SeedSequence(numbers).generate_state(1)[0])
+        self.seed, self.generators = mixed(seed, step), {}  # one generator for each device that asks
+        torch.manual_seed(mixed(seed, step, self.first))  # dropout's
+        return self
+
+    def generator(self, device):
+        if str(device) not in self.generators:
+            self.generators[str(device)] = torch.Generator(device).manual_seed(self.seed)
+        return self.generators[str(device)]
 
     def __len__(self):
         return self.last - self.first
 
     def rand(self, device):
         """Uniform in [0, 1): (len(self),)."""
-        return torch.rand(self.batch, device=device)[self.first:self.last]
+        return torch.rand(self.batch, device=device, generator=self.generator(device))[self.first:self.last]
 
     def randn(self, *shape, device):
         """N(0, I): (len(self), *shape)."""
-        return torch.randn(self.batch, *shape, device=device)[self.first:self.last]
+        return torch.randn(self.batch, *shape, device=device, generator=self.generator(device))[self.first:self.last]
 
     def randint(self, high):
         """Integers from 0 to high - 1, on the CPU: (len(self),)."""
-        return torch.randint(high, (self.batch,))[self.first:self.last]
+        return torch.randint(high, (self.batch,), generator=self.generator("cpu"))[self.first:self.last]
 
 
 class Stopped(Exception):
@@ -269,6 +288,9 @@ def stop_requests():
 # ------------------------------------------------------------------------------------------------------------- files
 
 SEAL = b"sha256"
+# Settings that may change from a run to its continuation: they do not change the result, or are asked for (more steps).
+HARMLESS = {"out", "device", "timeout", "restart", "steps", "log_every", "save_every", "sample_steps", "sample_batch",
+            "accumulate", "memory_gb"}
 MADE_BY = {"01_teacher.pt": "01_train_teacher.py", "02_pairs.pt": "02_generate_pairs.py",
            "03_reflow.pt": "03_annealing_reflow.py", "04_pairs.pt": "04_flow_guided_distill.py",
            "04_student.pt": "04_flow_guided_distill.py"}
@@ -311,7 +333,7 @@ def save(path, cfg, everywhere=False, **content):
     It ends in SEAL and the hash of all that comes before, by which read() knows that no bit has changed. Process 0 writes, or
     `everywhere` each process, a file of its own.
     """
-    settings = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in ("out", "device", "timeout", "restart")}
+    settings = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in HARMLESS or k == "steps"}
     if rank() == 0 or everywhere:
         with writing(path, everywhere) as file:
             torch.save({"preset": cfg.preset, "settings": settings, **content}, file)
@@ -972,12 +994,22 @@ def make_pairs(path, cfg, net, artifact, n, steps, first_index):
     """
     run = {"network": artifact["digest"], "pairs": n, "steps": steps, "seed": cfg.seed, "first_index": first_index}
     folder = Path(f"{path}.parts")
+    complete = None
     if path.exists() and not cfg.restart:
-        require_same_run(path, load(path, cfg)["run"], run)
-        say(f"{path} is complete")
-    if (path.exists() or cfg.restart) and rank() == 0:
+        try:
+            complete = read(path)
+            require_same_run(path, complete["run"], run)
+            say(f"{path} is complete")
+        except (KeyError, ValueError) as error:
+            if isinstance(error, UserError):
+                raise
+            say(f"{path} is damaged: it is made again")
+    wait_for_all()  # all have looked
+    if rank() == 0 and cfg.restart:
+        path.unlink(missing_ok=True)
+    if rank() == 0 and (complete or cfg.restart):
         shutil.rmtree(folder, ignore_errors=True)
-    if path.exists() and not cfg.restart:
+    if complete:
         return
     wait_for_all()
 
@@ -1002,6 +1034,7 @@ def make_pairs(path, cfg, net, artifact, n, steps, first_index):
         return True
 
     todo = [rows for rows in batches if not is_done(rows)]
+    wait_for_all()  # the same list in every process, before one of them adds to the folder
     started = time.time()
     sample(batches[0], 2)
     seconds = (time.time() - started) / calls(2) * calls(steps) * len(todo) / world()
@@ -1017,7 +1050,7 @@ def make_pairs(path, cfg, net, artifact, n, steps, first_index):
                 require(x.isfinite().all(), f"the network made images that are not finite (pairs {rows.start} to {rows.stop})")
                 save(part_of(rows), cfg, everywhere=True, images=x.half(), run=run)
             if stopped():
-                raise Stopped(f"stopped: {folder} keeps what there is, and the same command continues")
+                raise Stopped(f"stopped: {folder} keeps what there is, and the same command continues (without --restart)")
             if time.time() - reported > 10:
                 reported = time.time()
                 say(f"pairs {todo[i].stop}/{n} | left {time_left(started, i + 1, len(todo))}")
@@ -1071,11 +1104,6 @@ def autocast(precision, device):
     return torch.autocast(device.type, torch.bfloat16, enabled=wanted)
 
 
-# What may change from a run to its continuation: it does not change the result, or is asked for (more steps).
-HARMLESS = {"out", "device", "timeout", "restart", "steps", "log_every", "save_every", "sample_steps", "sample_batch", "accumulate",
-            "memory_gb"}
-
-
 def train(name, cfg, net, loss_at, inputs=(), note=None):
     """The training loop of 01, 03 and 04. Returns (EMA network, the loss of every step).
 
@@ -1094,7 +1122,7 @@ def train(name, cfg, net, loss_at, inputs=(), note=None):
     run = {key: value for key, value in dataclasses.asdict(cfg).items() if key not in HARMLESS}
     run |= {f"input {i}": artifact["digest"] for i, artifact in enumerate(inputs, 1)}
     state_path = cfg.folder / f"{name[:2]}_state.pt"
-    state = None if cfg.restart else newest_state(state_path)
+    state = newest_state(state_path, cfg.restart)
     if state:
         require_same_run(state_path, state["run"], run)
         require(state["step"] <= cfg.steps, f"{state_path} is at step {state['step']} already: --steps {cfg.steps} is less. Start "
@@ -1132,13 +1160,12 @@ def train(name, cfg, net, loss_at, inputs=(), note=None):
             optimizer.zero_grad()
             loss = torch.zeros((), device=device)
             for part in parts:
-                # Randomness is a function of (seed, step): no state to carry from step to step.
-                torch.manual_seed(int(np.random.SeedSequence([cfg.seed, step]).generate_state(1)[0]))
+                part.begin(cfg.seed, step)
                 last_part = part is parts[-1]
                 with contextlib.nullcontext() if last_part or world() == 1 else parallel.no_sync():
                     with autocast(cfg.precision, device):
                         part_loss = loss_at(parallel, step, part) * len(part) / cfg.batch
-                    (part_loss * world()).backward()
+                    (part_loss * world()).backward()  # DistributedDataParallel averages, and this is a sum
                 loss += part_loss.detach()
             norm = nn.utils.clip_grad_norm_(net.parameters(), cfg.clip)
             for group in optimizer.param_groups:
@@ -1162,32 +1189,41 @@ def train(name, cfg, net, loss_at, inputs=(), note=None):
                            optimizer=optimizer.state_dict(), losses=torch.tensor(losses, dtype=torch.float32), run=run)
                 saved = done
             if end and done < cfg.steps:
-                raise Stopped(f"stopped after step {done} of {cfg.steps}: {state_path} keeps it, and the same command continues")
+                raise Stopped(f"stopped after step {done} of {cfg.steps}: {state_path} keeps it, and the same command continues "
+                              "(without --restart)")
+    if rank() == 0:
+        previous_state(state_path).unlink(missing_ok=True)
     return ema, losses
 
 
+def previous_state(path):
+    """Where the state before the last one is kept, while a run goes on."""
+    return path.with_stem(path.stem + "_previous")
+
+
 def save_state(path, cfg, **content):
-    """save(), keeping the state before until the new one is complete."""
-    previous = path.with_stem(path.stem + "_previous")
+    """save(), keeping the state before: the new one may become unreadable."""
     if rank() == 0 and path.exists():
-        os.replace(path, previous)
+        os.replace(path, previous_state(path))
     save(path, cfg, **content)
-    if rank() == 0:
-        previous.unlink(missing_ok=True)
 
 
-def newest_state(path):
-    """The last complete training state, or None. Raises UserError if there are files but none can be read."""
-    candidates = [p for p in (path, path.with_stem(path.stem + "_previous")) if p.exists()]
-    for candidate in candidates:
-        try:
-            state = read(candidate)
-        except ValueError as error:
-            say(f"{candidate} is damaged ({error})")
-            continue
-        wait_for_all()  # all have read it, before process 0 tidies up
-        if candidate == path and rank() == 0:
-            path.with_stem(path.stem + "_previous").unlink(missing_ok=True)
-        return state
-    require(not candidates, f"{path} is damaged, and there is no other; start over with --restart")
-    return None
+def newest_state(path, restart):
+    """The last training state that can be read, or None. Removes what cannot be, or all if `restart`.
+
+    Raises UserError if there are states but none can be read.
+    """
+    state, damaged = None, []
+    for candidate in (path, previous_state(path)):
+        if state is None and candidate.exists() and not restart:
+            try:
+                state = read(candidate)
+            except ValueError as error:
+                damaged.append(candidate)
+                say(f"{candidate} is damaged: {error}")
+    require(state or not damaged, f"{path} is damaged, and there is no other; start over with --restart")
+    wait_for_all()  # all have looked
+    for file in (path, previous_state(path)) if restart else damaged:
+        if rank() == 0:
+            file.unlink(missing_ok=True)
+    return state

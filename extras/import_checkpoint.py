@@ -223,6 +223,9 @@ def main(cfg):
     path = Path(cfg.checkpoint)
     require(path.is_file(), f"--checkpoint {cfg.checkpoint!r} does not exist")
 
+    target = cfg.folder / f"{cfg.to}.pt"
+    require(cfg.restart or not target.exists(), f"{target} is there already: --restart replaces it, another --out keeps both")
+
     # 1. Read it under our names.
     net, kind = read_checkpoint(path, cfg.weights, cfg.image_size or None)
     edm = cfg.predicts == "edm" or cfg.predicts == "auto" and kind == "songunet"
@@ -232,7 +235,6 @@ def main(cfg):
     net.args["dropout"] = cfg.dropout
 
     # 2. Save it as a stage would have.
-    target = cfg.folder / f"{cfg.to}.pt"
     save_network(target, cfg, net, edm=edm, imported_from=path.name, sha256=file_digest(path, "sha256"))
     following = {"01_teacher": "02_generate_pairs.py", "03_reflow": "04_flow_guided_distill.py", "04_student": "05_eval_fid.py"}[cfg.to]
     say(f"wrote {target} | next: {command_for(following, cfg)}" + (" --sample_steps 18" if edm else "")

@@ -83,6 +83,7 @@ def test_an_edm_network_makes_pairs_with_its_own_sampler(tmp_path):
     images = torch.load(tmp_path / "cifar10/02_pairs.pt", weights_only=True)["images"]
     expected = edm_heun(net, common.noise_for(0, range(3), (3, 32, 32)), 3)
     torch.testing.assert_close(images.float(), expected, atol=1e-2, rtol=1e-3)
+    assert "is there already: --restart replaces it" in import_refused(tmp_path, checkpoint=tmp_path / "edm.pt")
     assert "can be the teacher only" in import_refused(tmp_path, checkpoint=tmp_path / "edm.pt", to="04_student")
 
 

@@ -54,7 +54,7 @@ def test_pairs_are_what_the_teachers_ema_makes_of_the_noise_that_is_drawn_again(
     i = torch.tensor([3, 29])
     expected = common.euler(teacher, noise_for(pairs["noise_seed"], i + pairs["first_index"], (3, 16, 16)), 2)
     torch.testing.assert_close(pairs["images"][i].float(), expected, atol=4e-3, rtol=1e-3)
-    noise, data, labels = common.pair_batch(pairs, common.Part(8, 0, 8), "cpu")
+    noise, data, labels = common.pair_batch(pairs, common.Part(8, 0, 8).begin(0, 0), "cpu")
     torch.testing.assert_close(data, common.euler(teacher, noise, 2), atol=4e-3, rtol=1e-3)
 
 
@@ -85,7 +85,7 @@ def test_the_student_can_learn_from_the_flows_own_pairs_without_guidance(finishe
     flow, _ = common.load_network(tmp_path / "shapes/03_reflow.pt", common.Settings(out=str(tmp_path)), "cpu")
     expected = common.euler(flow, noise_for(0, range(common.OWN_PAIRS, common.OWN_PAIRS + 20), (3, 16, 16)), 2)
     torch.testing.assert_close(pairs["images"].float(), expected, atol=4e-3, rtol=1e-3)
-    noise, data, _ = common.pair_batch(pairs, common.Part(8, 0, 8), "cpu")
+    noise, data, _ = common.pair_batch(pairs, common.Part(8, 0, 8).begin(0, 0), "cpu")
     torch.testing.assert_close(data, common.euler(flow, noise, 2), atol=4e-3, rtol=1e-3)
 
 

@@ -119,15 +119,48 @@ def test_signals_end_the_run_after_the_step_and_the_same_command_continues(tmp_p
 
 def test_changed_settings_are_listed_and_harmless_ones_are_not(tmp_path):
     call("01", tmp_path)
+    before = (tmp_path / "shapes/01_teacher.pt").read_bytes()
     message = refused("01", tmp_path, lr=0.5, ema=0.9)
     assert "lr was 0.008, is 0.5; ema was 0.999, is 0.9" in message and "--restart" in message and "another --out" in message
     assert "is at step 4 already: --steps 3 is less" in refused("01", tmp_path, steps=3)
-    call("01", tmp_path, log_every=1, save_every=1, steps=5)
+    call("01", tmp_path, log_every=1, save_every=1)
+    assert (tmp_path / "shapes/01_teacher.pt").read_bytes() == before
+    call("01", tmp_path, steps=5)
     call("01", tmp_path, "--restart", lr=0.5)
     call("02", tmp_path)
     call("03", tmp_path)
     call("02", tmp_path, "--restart", seed=1)
     assert "input 1 was" in refused("03", tmp_path)
+
+
+def test_each_part_of_a_batch_has_its_share_of_the_same_randomness_and_dropout_masks_of_its_own():
+    whole, halves = common.Part(6, 0, 6), [common.Part(6, 0, 3), common.Part(6, 3, 6)]
+
+    def draw(part, step):
+        part.begin(0, step)
+        return part.rand("cpu"), part.randn(2, 2, device="cpu"), part.randint(100), torch.rand(3)
+
+    for both, *parts in list(zip(draw(whole, 7), *(draw(half, 7) for half in halves)))[:3]:
+        assert torch.equal(torch.cat(parts), both)
+    masks = [draw(half, 7)[3] for half in halves]
+    assert not torch.equal(*masks) and not torch.equal(draw(whole, 8)[0], draw(whole, 7)[0])
+
+
+def test_a_restarted_run_that_is_broken_off_does_not_come_back_to_the_old_one(tmp_path, monkeypatch):
+    call("01", tmp_path)
+    monkeypatch.setattr(load_script("01"), "flow_loss", lambda *a: (_ for _ in ()).throw(UserError("broken off")))
+    assert "broken off" in refused("01", tmp_path, "--restart")
+    assert not list((tmp_path / "shapes").glob("01_state*"))
+
+
+def test_damaged_pairs_are_made_again(finished, tmp_path):
+    shutil.copytree(finished / "shapes", tmp_path / "shapes")
+    path = tmp_path / "shapes/02_pairs.pt"
+    good = path.read_bytes()
+    path.write_bytes(good[:-1])
+    assert "make it again with: python 02_generate_pairs.py" in refused("03", tmp_path)
+    call("02", tmp_path)
+    assert path.read_bytes() == good
 
 
 def test_accumulating_parts_of_a_batch_gives_the_same_weights(tmp_path):
