@@ -67,7 +67,7 @@ def children_of(process):
     return [int(p) for p in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
 
 
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's /proc to find the processes")
+@pytest.mark.skipif(not Path(f"/proc/self/task/{os.getpid()}/children").exists(), reason="needs Linux's /proc to find the processes")
 def test_when_one_of_three_processes_is_killed_all_end_and_two_resume(tmp_path):
     flags = [*FLAGS, "--steps=150", "--save_every=10", "--sample_steps=1", "--timeout=1"]
     run = start(3, "01", *flags, out=tmp_path, cwd=tmp_path)
