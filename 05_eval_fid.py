@@ -13,7 +13,7 @@ With --images SET --reference SET it measures any images, without a network of o
 Reads   out/<preset>/01_teacher.pt, 03_reflow.pt, 04_student.pt; the teacher's data; Inception's weights for FID
 Writes  out/<preset>/05_results.md, 05_results.json, 05_samples.png, with --images 05_images.*, with --only NAME 05_NAME.*; and what need not be computed
         again: 05_reference_<key>.pt, 05_row_<key>.pt
-Takes   shapes: 49 s on 2 CPU cores (AMD EPYC, torch 2.13, fp32)
+Takes   shapes: 50 s on 2 CPU cores (AMD EPYC, torch 2.13, fp32)
 """
 import hashlib
 import itertools

@@ -79,7 +79,7 @@ class Settings:
 
 def check_ranges(cfg, **ranges):
     """check_ranges(cfg, steps=(1, None)): raises UserError unless each named setting lies between its two bounds."""
-    for name, (low, high) in {"seed": (0, 2**63), **ranges}.items():
+    for name, (low, high) in {"seed": (0, 2**63), "timeout": (0.01, None), **ranges}.items():
         value = getattr(cfg, name)
         inside = (low is None or value >= low) and (high is None or value <= high)  # False for NaN
         bounds = f"at least {low}" if high is None else f"between {low} and {high}"
@@ -1145,7 +1145,7 @@ def train(name, cfg, net, loss_at, inputs=(), note=None):
     parallel = nn.parallel.DistributedDataParallel(net) if world() > 1 else net  # averages gradients over processes
 
     def check_recent():
-        """Moves the recent losses to `losses`, unless one is not finite. The only place that waits for the GPU."""
+        """Moves the recent losses to `losses`, unless one is not finite. Reading them waits for the GPU, so not every step does."""
         loss, norm = torch.stack(recent, dim=1)  # (steps,) each
         sum_over_processes(loss)
         for step, values in enumerate(zip(loss.tolist(), norm.tolist()), len(losses)):

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from conftest import load_script  # noqa: E402  (makes common importable)
+from conftest import draw_few_shapes, load_script  # noqa: E402  (makes common importable)
 import common  # noqa: E402
 
 def settings(kills):
@@ -94,6 +94,7 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0, help="of the moments [0]")
     arguments = parser.parse_args()
     rng = random.Random(arguments.seed)
+    draw_few_shapes()
     with tempfile.TemporaryDirectory() as folder:
         whole, broken = Path(folder, "whole"), Path(folder, "broken")
         for stage in ARTIFACTS:

@@ -3,10 +3,11 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from conftest import load_script  # noqa: E402  (makes common importable)
+from conftest import draw_few_shapes, load_script  # noqa: E402  (makes common importable)
 import common  # noqa: E402
 
 if __name__ == "__main__":
+    draw_few_shapes()
     for number in sys.argv[1].split(","):
         script = load_script(number)
         known = {f"--{name}" for name in script.Config.__dataclass_fields__}
