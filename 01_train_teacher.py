@@ -21,7 +21,7 @@ from typing import Literal
 import torch
 
 from common import (EPS, Settings, UNet, check_ranges, command_for, count_parameters, evaluation_samples, from_uint8,
-                    load_images, random_flip, require, run, save_curve, save_grid, save_network, say, start, train)
+                    load_images, move, on_device, random_flip, require, run, save_curve, save_grid, save_network, say, start, train)
 
 
 @dataclass
@@ -48,6 +48,7 @@ class Config(Settings):
     ema: float = 0.999  # decay of the weights' moving average. ours; paper: 0.999999
     clip: float = 1.0  # largest gradient norm. paper: 1
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # of convolutions and products; auto: bf16 where the hardware has it
+    compile: bool = False  # torch.compile: takes minutes once, and pays on no CPU; for days on a GPU
     accumulate: int = 1  # parts of a batch that are computed one after another: less memory, the same result
     log_every: int = 100  # steps between log lines
     save_every: int = 200  # steps between saved training states, from which a run that was broken off continues
@@ -100,17 +101,18 @@ def main(cfg):
     say(f"data | {len(images)} images of {cfg.image_size}x{cfg.image_size} from {cfg.data} | {classes} classes used")
 
     # 2. Network.
-    net = UNet(cfg.image_size, 3, cfg.base, cfg.mult, cfg.blocks, cfg.attn, classes, cfg.dropout).to(device)
+    net = UNet(cfg.image_size, 3, cfg.base, cfg.mult, cfg.blocks, cfg.attn, classes, cfg.dropout)
+    net = on_device(net, device, cfg.precision)
     say(f"teacher | {count_parameters(net):,} parameters")
 
     # 3. Training.
     def loss_at(net, step, part):
         i = part.randint(len(images))
-        data = from_uint8(images[i].to(device))
+        data = from_uint8(move(images[i], device))
         if cfg.flip:
             data, = random_flip(part.rand(device), data)
         noise = part.randn(*data.shape[1:], device=device)
-        return flow_loss(net, noise, data, labels[i].to(device) if classes else None, part.rand(device))
+        return flow_loss(net, noise, data, move(labels[i], device) if classes else None, part.rand(device))
 
     ema, losses = train("01 teacher", cfg, net, loss_at)
 

@@ -15,6 +15,7 @@ Takes   shapes: 32 s on 2 CPU cores (AMD EPYC, torch 2.13, fp32)
 Next    python 03_annealing_reflow.py
 """
 from dataclasses import dataclass
+from typing import Literal
 
 from common import (PAIRS, Settings, check_ranges, command_for, count_parameters, load, load_network, make_pairs, run, save_grid,
                     say, start)
@@ -25,16 +26,17 @@ class Config(Settings):
     n_pairs: int = 2048  # pairs to make. ours; paper: 50,000 or more
     sample_steps: int = 16  # Euler steps, each one network call per image. ours; an EDM teacher: 18 steps, 35 calls
     sample_batch: int = 128  # images per network call: speed and memory only, the pairs are the same. ours
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # of convolutions and products; auto: bf16 where the hardware has it
 
     def __post_init__(self):
         check_ranges(self, n_pairs=(1, 10**9), sample_steps=(1, None), sample_batch=(1, None))
 
 
-PAPER = dict(n_pairs=50_000, sample_steps=100)  # ours: 100 Euler steps; the paper's solver is RK45 with about 127 calls
+PAPER = dict(n_pairs=50_000, sample_steps=100, precision="fp32")  # ours: 100 Euler steps; the paper's solver is RK45 with about 127 calls
 
 PRESETS = {
     "shapes": {},
-    "cifar10_quick": {**PAPER, "sample_steps": 50},  # ours
+    "cifar10_quick": {**PAPER, "sample_steps": 50, "precision": "auto"},  # ours
     "cifar10": PAPER,
     "ffhq64": PAPER,
     "imagenet64": {**PAPER, "n_pairs": 200_000},  # ours: 200 for each class
@@ -45,7 +47,7 @@ def main(cfg):
     device = start(cfg, "02 pairs")
 
     # 1. The teacher (its EMA weights are all that stage 01 saved).
-    teacher, artifact = load_network(cfg.folder / "01_teacher.pt", cfg, device)
+    teacher, artifact = load_network(cfg.folder / "01_teacher.pt", cfg, device, cfg.precision)
     say(f"teacher | {count_parameters(teacher):,} parameters | from {cfg.folder}/01_teacher.pt")
 
     # 2. Noise -> image, with labels drawn uniformly where the teacher knows classes; saved in one file.

@@ -51,7 +51,7 @@ class Config(Settings):
     pair_steps: int = 16  # Euler steps of each of them. ours; paper: an RK45 solver
     sample_batch: int = 128  # images per network call while making them. ours
     # Training
-    steps: int = 1150  # optimiser steps. ours; paper: 400,000
+    steps: int = 950  # optimiser steps. ours; paper: 400,000
     batch: int = 32  # pairs per step, and as many fresh noises. ours; paper: 128
     lr: float = 1.5e-3  # Adam's learning rate. ours; paper: 2e-4
     warmup: int = 0  # steps in which lr rises from 0; official code: none, because the weights are trained already
@@ -59,6 +59,7 @@ class Config(Settings):
     ema: float = 0.995  # decay of the weights' moving average. ours; paper: 0.999999
     clip: float = 1.0  # largest gradient norm. paper: 1
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # of convolutions and products; auto: bf16 where the hardware has it
+    compile: bool = False  # torch.compile: takes minutes once, and pays on no CPU; for days on a GPU
     accumulate: int = 1  # parts of a batch that are computed one after another: less memory, the same result
     log_every: int = 100  # steps between log lines
     save_every: int = 200  # steps between saved training states, from which a run that was broken off continues
@@ -189,7 +190,7 @@ def main(cfg):
 
     # 1. The 2-rectified flow v, the distance D, and the student v' that starts as its copy.
     flow_path = cfg.folder / "03_reflow.pt"
-    flow, artifact = load_network(flow_path, cfg, device)
+    flow, artifact = load_network(flow_path, cfg, device, cfg.precision)
     distance = {"l2": squared_l2, "huber": pseudo_huber}.get(cfg.distance) or load_lpips(cfg, device)
     student = copy.deepcopy(flow)
     flow.requires_grad_(False)

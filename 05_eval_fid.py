@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
-from common import (COLOURS, EVALUATION, SHAPES, Attention, Settings, UserError, check_ranges, count_parameters, draw_shapes,
+from common import (COLOURS, EVALUATION, SHAPES, Attention, Settings, UserError, autocast, check_ranges, count_parameters, draw_shapes,
                     euler, file_digest, from_uint8, generate, labels_for, load, load_images, load_network, load_strictly,
                     noise_for, published_weights, read, require, require_same_kind, run, same_in_all_processes, sampler_of,
                     save, save_grid, say, share, start, sum_over_processes, to_uint8, wait_for_all, world, writing)
@@ -50,6 +50,7 @@ class Config(Settings):
     teacher_steps: int = 25  # Euler steps, each one network call, of the teacher's good samples (EDM: 18). ours
     flow_steps: int = 8  # the same for the 2-rectified flow. ours
     sample_batch: int = 128  # images per network call. ours
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # of the networks' convolutions and products. paper: fp32
     # The distance
     metric: Literal["fd_shapes", "fid", "none"] = "fd_shapes"  # the distance; none: pictures, sizes and times only
     resize: Literal["tf1", "pytorch_fid"] = "tf1"  # to Inception's 299x299. paper: tf1
@@ -68,7 +69,7 @@ class Config(Settings):
 
 
 # paper, but for the Euler steps (RK45 there)
-PAPER = dict(metric="fid", n_samples=50_000, teacher_steps=100, flow_steps=100, rounding="truncate")
+PAPER = dict(metric="fid", n_samples=50_000, teacher_steps=100, flow_steps=100, precision="fp32", rounding="truncate")
 
 PRESETS = {
     "shapes": {},
@@ -464,7 +465,7 @@ def main(cfg):
                                    ("flow", "03_reflow.pt", "2-rectified flow", cfg.flow_steps),
                                    ("student", "04_student.pt", "student", 1)):
         if not cfg.images and cfg.only in ("all", key):
-            net, artifact = load_network(out / file, cfg, device)
+            net, artifact = load_network(out / file, cfg, device, cfg.precision)
             networks += [(name, net, artifact, n) for n in dict.fromkeys([steps, 1])]
             require_same_kind(networks[0][0], networks[0][1].args, out / file, net.args)
     given = read_set(cfg.images, None, cfg) if cfg.images else None
@@ -510,7 +511,7 @@ def main(cfg):
     if real is None:
         protocol["reference_sha256"] = file_digest(source, "sha256")
     if networks:
-        protocol |= {"rounding": cfg.rounding, "noise_seed": cfg.seed, "first_index": EVALUATION}
+        protocol |= {"precision": cfg.precision, "rounding": cfg.rounding, "noise_seed": cfg.seed, "first_index": EVALUATION}
     protocol_line = ", ".join(f"{key} {value}" for key, value in protocol.items())
 
     # 4. Every network from the same noise and labels, or the given images; each process makes a share of them.
@@ -551,13 +552,14 @@ def main(cfg):
         my_labels, few_labels = (None, None) if labels is None else (labels[mine], labels[:128].to(device))
 
         def samples():
-            made = generate(net, cfg.seed, indices[mine], steps, my_labels, cfg.sample_batch, sampler)
+            made = generate(net, cfg.seed, indices[mine], steps, my_labels, cfg.sample_batch, sampler, cfg.precision)
             return (quantise(x, cfg.rounding) for _, x in made)
 
         def facts():
             noise = noise_for(cfg.seed, indices[:128], (3, size, size)).to(device)
-            curved = straightness(net, noise, steps, few_labels) if sampler is euler and steps > 1 else None
-            ms_one, ms_bulk = (1000 * calls * seconds_per_call(net, n) / n for n in (1, batch))
+            with autocast(cfg.precision, device):
+                curved = straightness(net, noise, steps, few_labels) if sampler is euler and steps > 1 else None
+                ms_one, ms_bulk = (1000 * calls * seconds_per_call(net, n) / n for n in (1, batch))
             return {"calls": calls, "parameters": count_parameters(net), "macs": count_macs(net), "ms_one": ms_one,
                     "ms_bulk": ms_bulk, "straightness": curved}
 

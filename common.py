@@ -145,7 +145,8 @@ def run(main, config, presets, doc, argv=None):
 
 
 def start(cfg, name):
-    """Joins the other processes, if torchrun started several; prints the settings; returns the torch.device to work on."""
+    """Joins the other processes, if torchrun started several; settles what is "auto"; prints the settings; returns the
+    torch.device to work on."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and cfg.device in ("auto", "cuda") else "gloo"
         # A process that has lost the others ends after this time instead of waiting for ever.
@@ -161,6 +162,8 @@ def start(cfg, name):
         raise UserError(f"--device {cfg.device} cannot be used here: {str(error).splitlines()[0]}") from error
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it; changes nothing on a CPU
     torch.manual_seed(cfg.seed)
+    if getattr(cfg, "precision", "") == "auto":
+        cfg.precision = best_precision(device)
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     say(f"{name} | preset {cfg.preset} | {device} ({hardware}) x {world()} | torch {torch.__version__}")
     say("settings | " + " ".join(f"{k}={v}" for k, v in dataclasses.asdict(cfg).items() if k not in ("preset", "device")))
@@ -178,6 +181,13 @@ def rank():
 def world():
     """How many processes there are."""
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def best_precision(device):
+    """"bf16" where the hardware computes in it by itself, as recent GPUs and server CPUs do; otherwise "fp32"."""
+    native = {"cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False),
+              "cpu": lambda: any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))}
+    return "bf16" if native.get(device.type, lambda: False)() else "fp32"
 
 
 def say(text):
@@ -293,7 +303,7 @@ def stop_requests():
 SEAL = b"sha256"
 # Settings that may change from a run to its continuation: they do not change the result, or are asked for (more steps).
 HARMLESS = {"out", "device", "timeout", "restart", "steps", "log_every", "save_every", "sample_steps", "sample_batch",
-            "accumulate", "memory_gb"}
+            "accumulate", "memory_gb", "compile"}
 MADE_BY = {"01_teacher.pt": "01_train_teacher.py", "02_pairs.pt": "02_generate_pairs.py",
            "03_reflow.pt": "03_annealing_reflow.py", "04_pairs.pt": "04_flow_guided_distill.py",
            "04_student.pt": "04_flow_guided_distill.py"}
@@ -389,8 +399,8 @@ def save_network(path, cfg, net, **facts):
     save(path, cfg, network=net.args, weights=net.state_dict(), **facts)
 
 
-def load_network(path, cfg, device):
-    """Returns (UNet in eval mode on the device, the whole artifact). Strict: raises UserError if the weights do not fit."""
+def load_network(path, cfg, device, precision="fp32"):
+    """Returns (UNet in eval mode, from on_device(), and the whole artifact). Strict: raises UserError if the weights do not fit."""
     artifact = load(path, cfg)
     try:
         net = UNet(**artifact["network"])
@@ -398,7 +408,7 @@ def load_network(path, cfg, device):
     except (KeyError, TypeError, UserError) as error:
         raise UserError(f"{path} does not hold the network it describes ({error}); "
                         f"make it again with: {command_for(MADE_BY[Path(path).name], cfg)}") from error
-    return net.to(device).eval(), artifact
+    return on_device(net, device, precision).eval(), artifact
 
 
 def require_same_kind(path_a, args_a, path_b, args_b):
@@ -914,6 +924,18 @@ def count_parameters(net):
     return sum(p.numel() for p in net.parameters())
 
 
+def autocast(precision, device):
+    """A context in which convolutions and matrix products have that precision; weights, losses and optimiser stay float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def on_device(net, device, precision):
+    """The network on the device. On a CPU in fp32, convolutions are faster with channels last in memory; in bf16, others lose
+    what they gain (GroupNorm's gradient takes ten times as long)."""
+    last = torch.device(device).type == "cpu" and precision == "fp32"
+    return net.to(device, memory_format=torch.channels_last if last else torch.contiguous_format)
+
+
 # ---------------------------------------------------------------------------------------------------------- sampling
 
 @torch.no_grad()
@@ -968,14 +990,16 @@ def sampler_of(artifact):
     return (edm_heun, lambda steps: 2 * steps - 1) if artifact.get("edm") else (euler, lambda steps: steps)
 
 
-def generate(net, seed, indices, steps, labels=None, batch=256, sampler=euler):
+def generate(net, seed, indices, steps, labels=None, batch=256, sampler=euler, precision="fp32"):
     """sampler() from noise_for(seed, indices), in batches: yields (slice of the indices, images float32 on the CPU)."""
     device = next(net.parameters()).device
     shape = (net.args["channels"], net.args["image_size"], net.args["image_size"])
     for first in range(0, len(indices), batch):
         rows = slice(first, min(first + batch, len(indices)))
         noise = noise_for(seed, indices[rows], shape).to(device)
-        yield rows, sampler(net, noise, steps, None if labels is None else labels[rows].to(device)).cpu()
+        with autocast(precision, device):
+            images = sampler(net, noise, steps, None if labels is None else labels[rows].to(device))
+        yield rows, images.cpu()
 
 
 def labels_for(seed, n, classes):
@@ -995,7 +1019,8 @@ def make_pairs(path, cfg, net, artifact, n, steps, first_index):
     net, artifact: from load_network. Says before it starts how many network calls, how much disk and about how long. Batches are
     kept in a folder beside `path` until all are there, so that a run that was broken off continues; processes share them out.
     """
-    run = {"network": artifact["digest"], "pairs": n, "steps": steps, "seed": cfg.seed, "first_index": first_index}
+    run = {"network": artifact["digest"], "pairs": n, "steps": steps, "seed": cfg.seed, "first_index": first_index,
+           "precision": cfg.precision}
     folder = Path(f"{path}.parts")
     complete = None
     if path.exists() and not cfg.restart:
@@ -1026,7 +1051,7 @@ def make_pairs(path, cfg, net, artifact, n, steps, first_index):
     batches = [slice(i, min(i + cfg.sample_batch, n)) for i in range(0, n, cfg.sample_batch)]
     part_of = lambda rows: folder / f"{rows.start:09}-{rows.stop:09}.pt"
     sample = lambda rows, steps: next(generate(net, cfg.seed, indices[rows], steps, None if labels is None else labels[rows],
-                                               cfg.sample_batch, sampler))[1]
+                                               cfg.sample_batch, sampler, cfg.precision))[1]
 
     def is_done(rows):
         try:
@@ -1070,13 +1095,18 @@ def make_pairs(path, cfg, net, artifact, n, steps, first_index):
     wait_for_all()
 
 
+def move(tensor, device):
+    """A CPU tensor on the device. To a GPU through pinned memory: otherwise Python would wait for what the GPU still has to do."""
+    return tensor.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else tensor.to(device)
+
+
 def pair_batch(pairs, part, device):
     """Random pairs of an artifact that make_pairs wrote, for a part of a batch: noise, data, labels (or None)."""
     i = part.randint(len(pairs["images"]))
     data = pairs["images"][i].float()
     noise = noise_for(pairs["noise_seed"], i + pairs["first_index"], data.shape[1:])
-    labels = None if pairs["labels"] is None else pairs["labels"][i].to(device)
-    return noise.to(device), data.to(device), labels
+    labels = None if pairs["labels"] is None else move(pairs["labels"][i], device)
+    return move(noise, device), move(data, device), labels
 
 
 # ---------------------------------------------------------------------------------------------------------- training
@@ -1095,16 +1125,21 @@ def learning_rate(step, cfg):
     return cfg.lr * rise * fall
 
 
-def autocast(precision, device):
-    """A context in which convolutions and matrix products are bf16; weights, losses and the optimiser stay float32.
+def compiled(net, loss_of):
+    """torch.compile(net), or where that is not possible the network as it is, with a line that says why.
 
-    precision "auto": where the hardware computes in bf16 itself, as recent GPUs and server CPUs do. On 2 cores with AVX-512
-    bf16 a step of the shapes networks takes 0.75 to 0.8 of its time in fp32.
+    loss_of(net) -> a scalar: tried once, forward and backward, because compiling begins when the network is called.
     """
-    native = {"cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False),
-              "cpu": lambda: any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))}
-    wanted = precision == "bf16" or precision == "auto" and native.get(device.type, lambda: False)()
-    return torch.autocast(device.type, torch.bfloat16, enabled=wanted)
+    say("compiling the network: a minute or more")
+    try:
+        fast = torch.compile(net)
+        loss_of(fast).backward()
+        return fast
+    except (RuntimeError, ImportError, OSError) as error:
+        say(f"--compile does not work here, and the run goes on without: {str(error).strip().splitlines()[0]}")
+        return net
+    finally:
+        net.zero_grad()
 
 
 def train(name, cfg, net, loss_at, inputs=(), note=None):
@@ -1144,6 +1179,11 @@ def train(name, cfg, net, loss_at, inputs=(), note=None):
     parts = [Part(cfg.batch, *pair) for pair in zip(bounds, bounds[1:])]
     parallel = nn.parallel.DistributedDataParallel(net) if world() > 1 else net  # averages gradients over processes
 
+    def loss_of(net, step, part):
+        part.begin(cfg.seed, step)
+        with autocast(cfg.precision, device):
+            return loss_at(net, step, part) * len(part) / cfg.batch
+
     def check_recent():
         """Moves the recent losses to `losses`, unless one is not finite. Reading them waits for the GPU, so not every step does."""
         loss, norm = torch.stack(recent, dim=1)  # (steps,) each
@@ -1157,17 +1197,16 @@ def train(name, cfg, net, loss_at, inputs=(), note=None):
 
     # 3. The loop.
     net.train()
+    forward = compiled(parallel, lambda net: loss_of(net, first_step, parts[0])) if cfg.compile else parallel
     started, logged, saved = time.time(), first_step, first_step
     with stop_requests() as stopped:
         for step in range(first_step, cfg.steps):
             optimizer.zero_grad()
             loss = torch.zeros((), device=device)
             for part in parts:
-                part.begin(cfg.seed, step)
                 last_part = part is parts[-1]
                 with contextlib.nullcontext() if last_part or world() == 1 else parallel.no_sync():
-                    with autocast(cfg.precision, device):
-                        part_loss = loss_at(parallel, step, part) * len(part) / cfg.batch
+                    part_loss = loss_of(forward, step, part)
                     (part_loss * world()).backward()  # DistributedDataParallel averages, and this is a sum
                 loss += part_loss.detach()
             norm = nn.utils.clip_grad_norm_(net.parameters(), cfg.clip)
