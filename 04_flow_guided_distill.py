@@ -25,9 +25,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import (EPS, OWN_PAIRS, Settings, check_ranges, command_for, count_parameters, evaluation_samples, load,
-                    load_network, load_strictly, make_pairs, pair_batch, published_weights, require, require_same_kind, run,
-                    save_curve, save_grid, save_network, say, start, train)
+from common import (EPS, OWN_PAIRS, Settings, UNet, check_ranges, command_for, count_parameters, evaluation_samples, load,
+                    load_network, load_strictly, make_pairs, on_device, pair_batch, published_weights, require,
+                    require_same_kind, run, save_curve, save_grid, save_network, say, start, train)
 
 VGG_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"  # 528 MB
 VGG_SHA256 = "397923af"  # the first digits
@@ -51,6 +51,7 @@ class Config(Settings):
     pair_steps: int = 16  # Euler steps of each of them. ours; paper: an RK45 solver
     sample_batch: int = 128  # images per network call while making them. ours
     # Training
+    start_from: Literal["flow", "scratch"] = "flow"  # the student's first weights. paper: flow
     steps: int = 950  # optimiser steps. ours; paper: 400,000
     batch: int = 32  # pairs per step, and as many fresh noises. ours; paper: 128
     lr: float = 1.5e-3  # Adam's learning rate. ours; paper: 2e-4
@@ -192,9 +193,9 @@ def main(cfg):
     flow_path = cfg.folder / "03_reflow.pt"
     flow, artifact = load_network(flow_path, cfg, device, cfg.precision)
     distance = {"l2": squared_l2, "huber": pseudo_huber}.get(cfg.distance) or load_lpips(cfg, device)
-    student = copy.deepcopy(flow)
+    student = copy.deepcopy(flow) if cfg.start_from == "flow" else on_device(UNet(**flow.args), device, cfg.precision)
     flow.requires_grad_(False)
-    say(f"student | {count_parameters(student):,} parameters | starts from {flow_path}")
+    say(f"student | {count_parameters(student):,} parameters | starts from {flow_path if cfg.start_from == 'flow' else 'scratch'}")
 
     # 2. Pairs: the teacher's, or the flow's own.
     if cfg.pairs_from == "flow":

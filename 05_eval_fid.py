@@ -49,6 +49,7 @@ class Config(Settings):
     n_samples: int = 1024  # images of each network that are measured. ours; paper: 50,000
     teacher_steps: int = 25  # Euler steps, each one network call, of the teacher's good samples (EDM: 18). ours
     flow_steps: int = 8  # the same for the 2-rectified flow. ours
+    student_steps: int = 1  # the same for the student, which is trained for one
     sample_batch: int = 128  # images per network call. ours
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # of the networks' convolutions and products. paper: fp32
     # The distance
@@ -64,7 +65,7 @@ class Config(Settings):
     skip_bad: bool = False  # leave out files that are not readable images, instead of stopping
 
     def __post_init__(self):
-        check_ranges(self, n_samples=(2, 10**9), teacher_steps=(1, None), flow_steps=(1, None), sample_batch=(1, None),
+        check_ranges(self, n_samples=(2, 10**9), teacher_steps=(1, None), flow_steps=(1, None), student_steps=(1, None), sample_batch=(1, None),
                      feature_batch=(1, None), feature_steps=(1, None), memory_gb=(0, None))
 
 
@@ -463,7 +464,7 @@ def main(cfg):
     networks = []  # (name, network, artifact, steps)
     for key, file, name, steps in (("teacher", "01_teacher.pt", "teacher", cfg.teacher_steps),
                                    ("flow", "03_reflow.pt", "2-rectified flow", cfg.flow_steps),
-                                   ("student", "04_student.pt", "student", 1)):
+                                   ("student", "04_student.pt", "student", cfg.student_steps)):
         if not cfg.images and cfg.only in ("all", key):
             net, artifact = load_network(out / file, cfg, device, cfg.precision)
             networks += [(name, net, artifact, n) for n in dict.fromkeys([steps, 1])]

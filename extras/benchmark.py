@@ -21,7 +21,6 @@ import math
 import multiprocessing
 import os
 import platform
-import resource
 import statistics
 import sys
 import tempfile
@@ -48,7 +47,7 @@ teacher, reflow, evaluation = map(importlib.import_module, ("01_train_teacher", 
 class Config(Settings):
     quick: bool = False  # only the shapes student and the 3.4M network, and fewer repetitions
     batch: int = 16  # images per call and per training step
-    max_gmacs: float = 7.0  # networks with more multiply-adds per image (10^9) are left out
+    max_gmacs: float = 4.0  # networks with more multiply-adds per image (10^9) are left out
     n_pairs: int = 50_000  # pairs (32x32) of the made-up set that training is timed with
     compile: bool = False  # also time the training step with torch.compile
 
@@ -68,17 +67,25 @@ def networks():
     return found
 
 
-def median_seconds(call, device, at_least=3, seconds=0.5):
-    """Median time of a call, over `at_least` calls and that many seconds, after one to warm up. Waits for the GPU."""
+def medians(calls, device, at_least=3, seconds=0.5):
+    """Median time of each call, in turn, over `at_least` rounds and that many seconds, after one to warm up. Waits for the GPU."""
     wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
-    times = []
-    while len(times) < at_least + 1 or sum(times[1:]) < seconds:
-        wait()
-        began = time.perf_counter()
-        call()
-        wait()
-        times.append(time.perf_counter() - began)
-    return statistics.median(times[1:])
+    rounds = []
+    while len(rounds) < at_least + 1 or sum(map(sum, rounds[1:])) < seconds:
+        times = []
+        for call in calls:
+            wait()
+            began = time.perf_counter()
+            call()
+            wait()
+            times.append(time.perf_counter() - began)
+        rounds.append(times)
+    return [statistics.median(times) for times in zip(*rounds[1:])]
+
+
+def median_seconds(call, device, at_least=3, seconds=0.5):
+    """medians() of a single call."""
+    return medians([call], device, at_least, seconds)[0]
 
 
 def limits(device):
@@ -111,15 +118,14 @@ def apart(function, *arguments):
 
 def peak_megabytes(device):
     """The most memory that was in use: the process's, or the GPU's by tensors."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e6
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+    return torch.cuda.max_memory_allocated(device) / 1e6 if device.type == "cuda" else megabytes("VmHWM")[0]
 
 
-def resident_megabytes():
-    """This process's memory: its own, and the pages of mapped files, which the system takes back when it needs them. Linux."""
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return np.array([int(status[name].split()[0]) * 1024 / 1e6 for name in ("RssAnon", "RssFile")])
+def megabytes(*names):
+    """What Linux says of this process's memory; not a number on other systems."""
+    path = Path("/proc/self/status")
+    status = dict(line.split(":", 1) for line in path.read_text().splitlines()) if path.exists() else {}
+    return np.array([int(status[name].split()[0]) * 1024 / 1e6 if name in status else math.nan for name in names])
 
 
 def made_up_pairs(path, cfg, n, shape):
@@ -210,12 +216,13 @@ def measure_pairs(args, n, batch, precision, device, steps):
         path = cfg.folder / "02_pairs.pt"
         cfg.folder.mkdir()
         made_up_pairs(path, cfg, n, (3, args["image_size"], args["image_size"]))
-        before, began = resident_megabytes(), time.perf_counter()
+        memory = "RssAnon", "RssFile"  # its own; pages of mapped files, which the system takes back when it needs them
+        before, began = megabytes(*memory), time.perf_counter()
         pairs = load(path, cfg)
         opening = time.perf_counter() - began
         for _ in range(200):  # as training would: many pairs, in no order
             torch.stack([pairs["images"][i] for i in torch.randint(n, (128,))])
-        own, mapped = resident_megabytes() - before
+        own, mapped = megabytes(*memory) - before
         seconds, _ = steps_of(cfg, on_device(UNet(**args), device, precision), pairs, device)
         return {"megabytes": path.stat().st_size / 1e6, "open": opening, "step": statistics.median(seconds), "own": own, "mapped": mapped}
 
@@ -240,7 +247,7 @@ def latency(args, precision, device):
     inputs = torch.randn(1, 3, args["image_size"], args["image_size"], device=device), torch.zeros(1, device=device)
     with autocast(precision, device):
         bare = bare_layers(net, inputs)
-        return [median_seconds(call, device, 10, 1.0) for call in (lambda: net(*inputs), bare)]
+        return medians([lambda: net(*inputs), bare], device, 20, 2.0)
 
 
 def data_rows(device):
@@ -265,8 +272,7 @@ def evaluation_rows(device):
     inception, features = evaluation.Inception().to(device).eval(), torch.randn(32, 3, 299, 299, device=device)
     given = torch.randint(256, (32, 3, 32, 32), dtype=torch.uint8, device=device)
     with torch.no_grad():
-        bare = median_seconds(lambda: inception(features), device)
-    whole = median_seconds(lambda: evaluation.inception_features(inception, given), device)
+        bare, whole = medians([lambda: inception(features), lambda: evaluation.inception_features(inception, given)], device, 3)
     yield "Inception features, batch 32", 32 / whole, f"img/s, {bare / whole:.0%} of the bare network's"
     generator = torch.Generator().manual_seed(0)
     samples = [torch.randn(4096, 2048, generator=generator, dtype=torch.float64).to(device) for _ in range(2)]
