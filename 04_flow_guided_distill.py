@@ -154,7 +154,7 @@ def load_lpips(cfg, device):
 
 def first_step(net, noise, labels=None):
     """v(z, EPS), the velocity at the start: (B, C, H, W). The student's one call."""
-    return net(noise, torch.full((len(noise),), EPS, device=noise.device), labels)
+    return net(noise, torch.full(noise.shape[:1], EPS, device=noise.device), labels)
 
 
 def distill_loss(velocity, noise, data, distance):

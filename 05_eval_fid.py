@@ -8,13 +8,16 @@ A distance compares two sets of images by the features that a fixed network F fi
 With F the Inception network of 2015 and its published weights this is FID. For `shapes`, F is a small classifier of what was
 drawn, trained here in seconds: its distance is called FD-shapes, and is comparable with nothing but itself.
 
-With --images SET --reference SET it measures any images, without a network of ours.
+With --images SET --reference SET it measures any images, without a network of ours. With --png N it only writes images, and
+with --export the student as one file that runs without this project.
 
 Reads   out/<preset>/01_teacher.pt, 03_reflow.pt, 04_student.pt; the teacher's data; Inception's weights for FID
-Writes  out/<preset>/05_results.md, 05_results.json, 05_samples.png, with --images 05_images.*, with --only NAME 05_NAME.*; and what need not be computed
-        again: 05_reference_<key>.pt, 05_row_<key>.pt
-Takes   shapes: 50 s on 2 CPU cores (AMD EPYC, torch 2.13, fp32)
+Writes  out/<preset>/05_results.md, 05_results.json, 05_samples.png, with --images 05_images.*, with --only NAME 05_NAME.*;
+        05_NAME/000000.png ... with --png; 05_student.pt2 with --export; and what need not be computed again:
+        05_reference_<key>.pt, 05_row_<key>.pt
+Takes   shapes: 33 s on 2 CPU cores (AMD EPYC, torch 2.13, bf16)
 """
+import copy
 import hashlib
 import itertools
 import json
@@ -27,6 +30,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from PIL import Image
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -52,6 +56,9 @@ class Config(Settings):
     student_steps: int = 1  # the same for the student, which is trained for one
     sample_batch: int = 128  # images per network call. ours
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # of the networks' convolutions and products. paper: fp32
+    # Instead of measuring
+    png: int = 0  # only write so many images of each network as PNG files
+    export: bool = False  # only write the student as one file, which makes images from noise without this project
     # The distance
     metric: Literal["fd_shapes", "fid", "none"] = "fd_shapes"  # the distance; none: pictures, sizes and times only
     resize: Literal["tf1", "pytorch_fid"] = "tf1"  # to Inception's 299x299. paper: tf1
@@ -65,8 +72,11 @@ class Config(Settings):
     skip_bad: bool = False  # leave out files that are not readable images, instead of stopping
 
     def __post_init__(self):
-        check_ranges(self, n_samples=(2, 10**9), teacher_steps=(1, None), flow_steps=(1, None), student_steps=(1, None), sample_batch=(1, None),
+        check_ranges(self, n_samples=(2, 10**9), teacher_steps=(1, None), flow_steps=(1, None), student_steps=(1, None),
+                     sample_batch=(1, None), png=(0, 10**9),
                      feature_batch=(1, None), feature_steps=(1, None), memory_gb=(0, None))
+        require(not self.images or not (self.png or self.export), "--png and --export are for networks, and --images has none")
+        require(not self.export or self.only in ("all", "student"), f"--export writes the student, and --only {self.only} leaves it out")
 
 
 # paper, but for the Euler steps (RK45 there)
@@ -439,6 +449,43 @@ def table(rows, metric):
     return lines
 
 
+class Exported(nn.Module):
+    """A network with its sampler: noise z (B, C, H, W), and labels where it knows classes -> images, in about [-1, 1]."""
+
+    def __init__(self, net, sampler, steps):
+        super().__init__()
+        self.net, self.sampler, self.steps = net, sampler, steps
+
+    def forward(self, noise, labels=None):
+        return self.sampler(self.net, noise, self.steps, labels)
+
+
+def export(path, net, artifact, steps):
+    """Writes a network as one file for torch.export.load(path).module()(noise), for any batch size, in float32 on a CPU."""
+    net = copy.deepcopy(net).cpu().to(memory_format=torch.contiguous_format)
+    noise, _, labels = example_input(net, 2)
+    inputs, batch = (noise,) if labels is None else (noise, labels), torch.export.Dim("batch")
+    with torch.no_grad():
+        program = torch.export.export(Exported(net, sampler_of(artifact)[0], steps).eval(), inputs,
+                                      dynamic_shapes=tuple({0: batch} for _ in inputs))
+    with writing(path) as file:
+        torch.export.save(program, file)
+
+
+def write_images(cfg, name, net, artifact, steps):
+    """Writes cfg.png images (of the noise that is measured too) as <folder>/05_<name>/000000.png ..., and the first as a grid."""
+    sampler, _ = sampler_of(artifact)
+    mine, labels = share(cfg.png), labels_for(cfg.seed, cfg.png, net.args["classes"])
+    indices, my_labels = torch.arange(cfg.png)[mine], None if labels is None else labels[mine]
+    first = []
+    for rows, x in generate(net, cfg.seed, EVALUATION + indices, steps, my_labels, cfg.sample_batch, sampler, cfg.precision):
+        for i, image in zip(indices[rows].tolist(), quantise(x, cfg.rounding)):
+            with writing(cfg.folder / f"05_{name}" / f"{i:06d}.png", everywhere=True) as file:
+                Image.fromarray(image.permute(1, 2, 0).numpy()).save(file, "PNG")
+        first = [*first, *x][:64]
+    save_grid(cfg.folder / f"05_{name}.png", torch.stack(first).split(8))
+
+
 def feature_network(cfg, size, device):
     """(F, D, protocol): F maps uint8 (B, 3, H, W) to features (B, D). For metric none, F is None and D is 0."""
     if cfg.metric == "none":
@@ -469,6 +516,14 @@ def main(cfg):
             net, artifact = load_network(out / file, cfg, device, cfg.precision)
             networks += [(name, net, artifact, n) for n in dict.fromkeys([steps, 1])]
             require_same_kind(networks[0][0], networks[0][1].args, out / file, net.args)
+            if cfg.png:
+                write_images(cfg, key, net, artifact, steps)
+                say(f"wrote {cfg.png} images of the {name} into {out}/05_{key}, and 05_{key}.png")
+            if cfg.export and key == "student":
+                export(out / "05_student.pt2", net, artifact, steps)
+                say(f"wrote {out}/05_student.pt2 | use: images = torch.export.load(PATH).module()(noise{', labels' * bool(net.label)})")
+    if cfg.png or cfg.export:
+        return
     given = read_set(cfg.images, None, cfg) if cfg.images else None
 
     # 2. What it is compared with: images, or their statistics.

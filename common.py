@@ -947,7 +947,7 @@ def euler(net, noise, steps, labels=None):
     x = noise
     for i in range(steps):
         # dx/dt = v(x, t):  x <- x + v(x, t_i) / N,  t_i = EPS + (1 - EPS) i / N
-        t = torch.full((len(x),), EPS + (1 - EPS) * i / steps, device=x.device)
+        t = torch.full(x.shape[:1], EPS + (1 - EPS) * i / steps, device=x.device)
         x = x + net(x, t, labels) / steps
     return x
 
@@ -959,7 +959,7 @@ def edm_denoise(net, x, sigma, labels=None):
     """
     c_skip, c_out = 0.25 / (sigma**2 + 0.25), 0.5 * sigma / math.sqrt(sigma**2 + 0.25)
     c_in, c_noise = 1 / math.sqrt(sigma**2 + 0.25), math.log(sigma) / 4
-    t = torch.full((len(x),), c_noise / 999, device=x.device)  # the network multiplies by 999; EDM passes c_noise itself
+    t = torch.full(x.shape[:1], c_noise / 999, device=x.device)  # the network multiplies by 999; EDM passes c_noise itself
     # D(x; sigma) = c_skip x + c_out F(c_in x; c_noise)
     return c_skip * x + c_out * net((c_in * x).float(), t, labels).to(x.dtype)
 

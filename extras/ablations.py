@@ -251,7 +251,7 @@ def commit():
 def machine():
     cpu = Path("/proc/cpuinfo")
     models = [line.split(":")[1].strip() for line in cpu.read_text().splitlines() if line.startswith("model name")] if cpu.exists() else []
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} cores {[*models, platform.processor()][0]}"
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} cores {models[0] if models else platform.processor()}"
     return f"{name}, torch {importlib.metadata.version('torch')}"
 
 

@@ -2,8 +2,11 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 import zipfile
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -102,6 +105,63 @@ def test_each_loss_of_stage_04_gets_the_students_answer_to_its_own_noise(finishe
         torch.testing.assert_close(velocity, s.first_step(start, noise))
 
 
+def test_a_student_can_start_from_scratch(finished, tmp_path, monkeypatch):
+    shutil.copytree(finished / "shapes", tmp_path / "shapes")
+    s, first = load_script("04"), []
+    monkeypatch.setattr(s, "train", lambda name, cfg, net, *rest: first.append(net.conv_in.weight.clone()) or common.train(name, cfg, net, *rest))
+    for start in ("flow", "scratch"):
+        call("04", tmp_path, "--restart", steps=1, start_from=start)
+    flow, _ = common.load_network(tmp_path / "shapes/03_reflow.pt", common.Settings(out=str(tmp_path)), "cpu")
+    assert torch.equal(first[0], flow.conv_in.weight) and not torch.equal(first[1], flow.conv_in.weight)
+
+
+def test_compiling_trains_the_same_network_and_where_it_fails_training_goes_on_without(finished, tmp_path, monkeypatch, capsys):
+    (tmp_path / "shapes").mkdir()
+    shutil.copy(finished / "shapes/02_pairs.pt", tmp_path / "shapes")
+    compile_, weights = torch.compile, []
+
+    def fails(net):
+        raise RuntimeError("no compiler here")
+
+    for fast in (None, lambda net: compile_(net, backend="eager"), fails):
+        monkeypatch.setattr(torch, "compile", fast)
+        call("03", tmp_path, "--restart", *["--compile"][:fast is not None], precision="fp32")
+        weights.append(torch.load(tmp_path / "shapes/03_reflow.pt", weights_only=True)["weights"])
+    assert "the run goes on without: no compiler here" in capsys.readouterr().out
+    for other in weights[1:]:
+        torch.testing.assert_close(other, weights[0])
+
+
+ELSEWHERE = """
+import sys, torch
+try:
+    import common
+except ImportError:
+    noise, labels = torch.load(sys.argv[1], weights_only=True)
+    student = torch.export.load(sys.argv[2] + "/05_student.pt2").module()
+    conditional = torch.export.load(sys.argv[2] + "/conditional.pt2").module()
+    torch.save([student(noise), student(noise[:1]), conditional(noise, labels)], sys.argv[3])
+"""
+
+
+def test_only_sampling_and_a_student_without_this_project(finished, tmp_path):
+    shutil.copytree(finished / "shapes", tmp_path / "shapes", ignore=shutil.ignore_patterns("05_*"))
+    call("05", tmp_path, "--export", only="student", png=5, precision="fp32", seed=3)
+    assert {p.name for p in (tmp_path / "shapes").glob("05_*")} == {"05_student", "05_student.png", "05_student.pt2"}
+    student, _ = common.load_network(tmp_path / "shapes/04_student.pt", common.Settings(out=str(tmp_path)), "cpu")
+    noise = noise_for(3, range(common.EVALUATION, common.EVALUATION + 5), (3, 16, 16))
+    expected = common.euler(student, noise, 1)
+    written = [np.asarray(Image.open(tmp_path / f"shapes/05_student/{i:06d}.png")).transpose(2, 0, 1) for i in range(5)]
+    assert (np.stack(written) == common.to_uint8(expected).numpy()).mean() > 0.999  # rounding depends on the batch's layout
+    torch.manual_seed(0)
+    conditional, labels = common.UNet(16, base=8, mult=(1, 2), blocks=1, attn=(8,), classes=3).eval(), torch.tensor([0, 1, 2, 1, 0])
+    load_script("05").export(tmp_path / "shapes/conditional.pt2", conditional, {}, 2)
+    torch.save([noise, labels], tmp_path / "noise.pt")
+    subprocess.run([sys.executable, "-I", "-c", ELSEWHERE, tmp_path / "noise.pt", tmp_path / "shapes", tmp_path / "made.pt"], check=True, cwd=tmp_path)
+    made = torch.load(tmp_path / "made.pt", weights_only=True)
+    torch.testing.assert_close(made, [expected, expected[:1], common.euler(conditional, noise, 2, labels)])
+
+
 def test_own_images_class_conditional_end_to_end(tmp_path):
     source = tmp_path / "own.zip"
     with zipfile.ZipFile(source, "w") as archive:
@@ -151,6 +211,7 @@ def test_a_user_sees_one_line_and_a_failing_exit_code(tmp_path):
     ("03", "--batch=41", "larger than the data.*40 pairs"), ("03", "--anneal_steps=0", "--anneal_steps"),
     ("04", "--distance=lpips", "could not download .*--vgg_weights PATH.*--distance l2 or huber"), ("04", "--t_low=0.9", "must not be larger"), ("04", "--guidance=-1", "--guidance"),
     ("04", "--batch=41", "larger than the data"), ("05", "--n_samples=1", "--n_samples 1"), ("05", "--reference=elsewhere", "FD-shapes measures"),
+    ("05", "--images=a.zip --png=3", "--images has none"), ("05", "--export --only=flow", "--only flow leaves it out"),
     ("05", "--no-allow_few", "24 images are fewer than the 72 features"),
     ("05", "--metric=fid", "could not download .*--inception_weights PATH.*--metric none")])
 def test_bad_settings_are_refused(finished, tmp_path, monkeypatch, number, flag, message):
@@ -159,7 +220,7 @@ def test_bad_settings_are_refused(finished, tmp_path, monkeypatch, number, flag,
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(load_script("05"), "INCEPTION_URL", "http://127.0.0.1:9/inception.pth")
     monkeypatch.setattr(load_script("04"), "VGG_URL", "http://127.0.0.1:9/vgg.pth")
-    assert re.search(message, refused(number, tmp_path, flag))
+    assert re.search(message, refused(number, tmp_path, *flag.split()))
     assert {p: p.read_bytes() for p in (tmp_path / "shapes").iterdir()} == before
 
 

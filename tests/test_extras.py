@@ -1,0 +1,125 @@
+"""The benchmark's measures, and the ablations' runs, tables and verdicts, without the hours that they take."""
+import json
+import re
+import subprocess
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+
+import common
+from conftest import load_script
+
+TINY = dict(image_size=16, base=8, mult=(1, 2), blocks=1, attn=(8,))
+
+
+# ------------------------------------------------------------------------------------------------- benchmark
+
+def test_medians_take_turns_and_leave_out_the_first_round():
+    calls = []
+    a, b = load_script("benchmark").medians([lambda: calls.append("a"), lambda: calls.append("b")], "cpu", at_least=3, seconds=0)
+    assert calls == ["a", "b"] * 4 and 0 < a < 1e-3 and 0 < b < 1e-3
+
+
+def test_a_training_step_is_measured_with_the_part_outside_of_the_network():
+    found = load_script("benchmark").measure_network(TINY, "fp32", 4, torch.device("cpu"), False, 5)
+    assert 0 < found["forward"] < found["step"] and 0 < found["outside"] < 1
+
+
+def test_the_plain_network_is_the_same_function(monkeypatch):
+    monkeypatch.setattr(common.Attention, "forward", common.Attention.forward)  # to be restored at the end
+    net, x = common.UNet(**TINY), torch.randn(2, 3, 16, 16)
+    torch.nn.init.normal_(net.middle[0].attention.proj.weight)
+    before = net(x, torch.rand(2).fill_(0.5))
+    found = load_script("benchmark").measure_plain(TINY, 4, torch.device("cpu"), 2)
+    torch.testing.assert_close(net(x, torch.rand(2).fill_(0.5)), before)
+    assert 0 < found["forward"] < found["step"] and "plain" in common.Attention.forward.__qualname__
+
+
+def test_pairs_are_mapped_and_not_read_into_memory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = load_script("benchmark").measure_pairs(TINY, 20_000, 4, "fp32", torch.device("cpu"), 3)
+    assert found["megabytes"] == pytest.approx(20_000 * 3 * 16 * 16 * 2 / 1e6, rel=0.01) and found["own"] < 15
+
+
+def test_bare_layers_are_those_of_the_network():
+    net = common.UNet(**TINY)
+    layers = [m for m in net.modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear))]
+    outputs = load_script("benchmark").bare_layers(net, (torch.randn(1, 3, 16, 16), torch.zeros(1)))()
+    assert len(outputs) == len(layers) and outputs[-1].shape == (1, 3, 16, 16)
+
+
+# ------------------------------------------------------------------------------------------------- ablations
+
+def entry(variant, seed, distance):
+    ablations = load_script("ablations")
+    rows = [dict(network="student", calls=1, distance=distance, parameters=10), dict(network="student", calls=2, distance=99.0, parameters=10)]
+    facts = dict(run="04", command="04", seed=seed, commit="abc", machine="a machine", date="2026-01-01", seconds=30)
+    return {"variant": variant, "seed": seed, "made": [facts], "measured": [{"protocol": {}, "rows": rows}]}, ablations
+
+
+@pytest.mark.parametrize("gains, expected", [((0.3, 0.4, 0.5), "shown"), ((0.4, -0.5, 0.3), "not shown"), ((-0.3, -0.4, -0.5), "opposite")])
+def test_a_verdict_needs_an_interval_on_one_side_of_zero(tmp_path, gains, expected):
+    ablations = load_script("ablations")
+    runs = [entry(("", name), seed, 2.0 + seed - gain * (name == "b"))[0] for seed, gain in enumerate(gains) for name in "ab"]
+    grid = ablations.Grid("Title", "x", {("", "a"): (), ("", "b"): ()}, {"student": ("student", 1)},
+                          {"b is better": ablations.lower(("", "b"), ("", "a"), "student")}, ("parameters",))
+    values = ablations.values_of(grid, runs)
+    text = "\n".join(ablations.table(grid, runs, values))
+    mean = sum(gains) / 3
+    assert "| a | 3.000 ± 1.000 | 10 |" in text and "0:01:30 hours" in text
+    assert re.search(rf"\| b is better \| {mean:+.3f} \(.* to .*\) \| {expected} \|".replace("+0", r"\+0"), text)
+    ablations.plot(tmp_path / "plot.png", grid, values)
+    assert Image.open(tmp_path / "plot.png").size == (820, 470)
+
+
+def test_the_interval_is_students():
+    mean, half = load_script("ablations").interval([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert mean == 3 and half == pytest.approx(2.78 * (2.5 / 5) ** 0.5)  # standard deviation sqrt(2.5), of 5
+
+
+def test_every_claim_names_a_variant_and_every_run_a_setting():
+    ablations = load_script("ablations")
+    for name, make in ablations.GRIDS.items():
+        grid = make()
+        for text, terms in grid.claims.items():
+            assert all(variant in grid.variants and column in grid.columns for _, variant, column in terms), (name, text)
+        tasks = {task for runs in grid.variants.values() for run in runs for task in ablations.ancestors(run)}
+        assert len({task.name for task in tasks}) == len(tasks)
+        for task in tasks:
+            script = load_script(task.stage)
+            common.read_settings(script.Config, script.PRESETS, script.__doc__, task.arguments())
+
+
+def test_runs_that_are_done_are_not_made_again_and_parents_come_first(tmp_path, monkeypatch):
+    ablations, ran = load_script("ablations"), []
+    subprocess_run = subprocess.run
+
+    def pretend(command, **more):
+        if command[0] == "git":
+            return subprocess_run(command, **more)
+        number, out = command[1].rsplit("/", 1)[1][:2], command[command.index("--out") + 1]
+        ran.append((number, command[command.index("--seed") + 1]))
+        if number == "05":
+            with open(f"{out}/shapes/05_student.json", "w") as file:
+                rows = [dict(network="student", calls=1, distance=1.0 + len(ran) / 10)]
+                json.dump({"protocol": {}, "rows": rows}, file)
+        else:
+            with open(f"{out}/shapes/{ablations.MADE[number]}", "w") as file:
+                file.write(number)
+        return SimpleNamespace(returncode=int(fail == number))
+
+    monkeypatch.setattr(ablations.subprocess, "run", pretend)
+    cfg = ablations.Config(grid="distillation", seeds=2, jobs=2, work=str(tmp_path / "work"), results=str(tmp_path / "results"))
+    fail = "04"
+    with pytest.raises(common.UserError, match="04_flow_guided_distill.py .* failed; see"):
+        ablations.main(cfg)
+    assert [number for number, _ in ran] == sorted(number for number, _ in ran) and ("05", "0") not in ran
+    before, fail = len(ran), None
+    ablations.main(cfg)
+    assert before == 2 * 3 + 2 * 6 and len(ran) == before + 2 * 6 + 2 * 6  # the failed ones again, and the measurements
+    ablations.main(cfg)
+    assert len(ran) == before + 2 * 12 and {seed for number, seed in ran if number == "05"} == {"0"}
+    saved = json.loads((tmp_path / "results/distillation.json").read_text())
+    assert len(saved["runs"]) == 12 and len(saved["runs"][0]["made"]) == 5
