@@ -11,7 +11,7 @@ The file holds the images (float16) and one seed: pair i's noise is noise_for(se
 
 Reads   out/<preset>/01_teacher.pt
 Writes  out/<preset>/02_pairs.pt, 02_pairs.png; until all pairs are there, 02_pairs.pt.parts, from which a run continues
-Takes   shapes: 32 s on 2 CPU cores (AMD EPYC, torch 2.13, fp32)
+Takes   shapes: 24 s on 2 CPU cores (AMD EPYC, torch 2.13, bf16)
 Next    python 03_annealing_reflow.py
 """
 from dataclasses import dataclass

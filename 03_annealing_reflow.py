@@ -11,7 +11,7 @@ beta = 1 is stage 01's problem with the teacher's images as data; beta = 0 is re
 
 Reads   out/<preset>/02_pairs.pt
 Writes  out/<preset>/03_reflow.pt, 03_samples.png, 03_loss.png; 03_state.pt, from which a run continues
-Takes   shapes: 133 s on 2 CPU cores (AMD EPYC, torch 2.13, bf16)
+Takes   shapes: 102 s on 2 CPU cores (AMD EPYC, torch 2.13, bf16)
 Next    python 04_flow_guided_distill.py
 """
 import math

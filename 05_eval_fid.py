@@ -13,7 +13,7 @@ with --export the student as one file that runs without this project.
 
 Reads   out/<preset>/01_teacher.pt, 03_reflow.pt, 04_student.pt; the teacher's data; Inception's weights for FID
 Writes  out/<preset>/05_results.md, 05_results.json, 05_samples.png, with --images 05_images.*, with --only NAME 05_NAME.*;
-        05_NAME/000000.png ... with --png; 05_student.pt2 with --export; and what need not be computed again:
+        05_NAME_images/000000.png ... with --png; 05_student.pt2 with --export; and what need not be computed again:
         05_reference_<key>.pt, 05_row_<key>.pt
 Takes   shapes: 33 s on 2 CPU cores (AMD EPYC, torch 2.13, bf16)
 """
@@ -36,7 +36,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from common import (COLOURS, EVALUATION, SHAPES, Attention, Settings, UserError, autocast, check_ranges, count_parameters, draw_shapes,
                     euler, file_digest, from_uint8, generate, labels_for, load, load_images, load_network, load_strictly,
-                    noise_for, published_weights, read, require, require_same_kind, run, same_in_all_processes, sampler_of,
+                    noise_for, published_weights, rank, read, require, require_same_kind, run, same_in_all_processes, sampler_of,
                     save, save_grid, say, share, start, sum_over_processes, to_uint8, wait_for_all, world, writing)
 
 INCEPTION_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
@@ -407,12 +407,15 @@ def example_input(net, batch):
     return noise, torch.zeros(batch, device=device), labels
 
 
-def seconds_per_call(net, batch):
+def seconds_per_call(net, batch, precision):
     """Median time of one call for a batch of images; waits for the GPU, and warms up first."""
-    inputs = {"net": net, "inputs": example_input(net, batch)}
-    with torch.no_grad():
-        timer = Timer("net(*inputs)", globals=inputs, num_threads=torch.get_num_threads())
-        return timer.blocked_autorange(min_run_time=0.2).median
+    inputs = example_input(net, batch)
+
+    def call():
+        with torch.no_grad(), autocast(precision, inputs[0].device):  # in every call: autocast makes the weights bf16 anew
+            net(*inputs)
+
+    return Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads()).blocked_autorange(min_run_time=0.2).median
 
 
 def straightness(net, noise, steps, labels=None):
@@ -473,17 +476,25 @@ def export(path, net, artifact, steps):
 
 
 def write_images(cfg, name, net, artifact, steps):
-    """Writes cfg.png images (of the noise that is measured too) as <folder>/05_<name>/000000.png ..., and the first as a grid."""
+    """Writes cfg.png images (of the noise that is measured too) as 05_<name>_images/000000.png ..., and the first as a grid."""
+    require(cfg.png >= world(), f"--png {cfg.png} images cannot be shared out to {world()} processes")
+    folder = cfg.folder / f"05_{name}_images"
+    if rank() == 0:  # nobody should take those of another run for ours
+        for old in folder.glob("[0-9]*.png"):
+            old.unlink()
+    wait_for_all()
     sampler, _ = sampler_of(artifact)
     mine, labels = share(cfg.png), labels_for(cfg.seed, cfg.png, net.args["classes"])
     indices, my_labels = torch.arange(cfg.png)[mine], None if labels is None else labels[mine]
     first = []
     for rows, x in generate(net, cfg.seed, EVALUATION + indices, steps, my_labels, cfg.sample_batch, sampler, cfg.precision):
         for i, image in zip(indices[rows].tolist(), quantise(x, cfg.rounding)):
-            with writing(cfg.folder / f"05_{name}" / f"{i:06d}.png", everywhere=True) as file:
+            with writing(folder / f"{i:06d}.png", everywhere=True) as file:
                 Image.fromarray(image.permute(1, 2, 0).numpy()).save(file, "PNG")
         first = [*first, *x][:64]
-    save_grid(cfg.folder / f"05_{name}.png", torch.stack(first).split(8))
+    save_grid(f"{folder}.png", torch.stack(first).split(8))
+    wait_for_all()
+    say(f"wrote {cfg.png} images into {folder}, and {folder}.png")
 
 
 def feature_network(cfg, size, device):
@@ -518,7 +529,6 @@ def main(cfg):
             require_same_kind(networks[0][0], networks[0][1].args, out / file, net.args)
             if cfg.png:
                 write_images(cfg, key, net, artifact, steps)
-                say(f"wrote {cfg.png} images of the {name} into {out}/05_{key}, and 05_{key}.png")
             if cfg.export and key == "student":
                 export(out / "05_student.pt2", net, artifact, steps)
                 say(f"wrote {out}/05_student.pt2 | use: images = torch.export.load(PATH).module()(noise{', labels' * bool(net.label)})")
@@ -615,7 +625,7 @@ def main(cfg):
             noise = noise_for(cfg.seed, indices[:128], (3, size, size)).to(device)
             with autocast(cfg.precision, device):
                 curved = straightness(net, noise, steps, few_labels) if sampler is euler and steps > 1 else None
-                ms_one, ms_bulk = (1000 * calls * seconds_per_call(net, n) / n for n in (1, batch))
+            ms_one, ms_bulk = (1000 * calls * seconds_per_call(net, n, cfg.precision) / n for n in (1, batch))
             return {"calls": calls, "parameters": count_parameters(net), "macs": count_macs(net), "ms_one": ms_one,
                     "ms_bulk": ms_bulk, "straightness": curved}
 

@@ -118,7 +118,7 @@ def read_settings(config, presets, doc, argv=None):
     valid = " ".join(f"--{field.name}" for field in dataclasses.fields(config))
     require(not unknown, f"unknown setting {' '.join(unknown)}; valid settings are {valid}")
     given = vars(given)
-    preset = given.get("preset", PRESET)
+    preset = given.get("preset", config.preset)
     require(preset in presets, f"unknown preset {preset!r} in common.py; valid presets are {', '.join(presets)}")
     return config(**{"preset": preset, **presets[preset], **given})
 
@@ -301,7 +301,8 @@ def stop_requests():
 # ------------------------------------------------------------------------------------------------------------- files
 
 SEAL = b"sha256"
-# Settings that may change from a run to its continuation: they do not change the result, or are asked for (more steps).
+# Settings that may change from a run to its continuation: they change no result but by rounding (and random numbers, which a
+# GPU draws differently), or are asked for (more steps).
 HARMLESS = {"out", "device", "timeout", "restart", "steps", "log_every", "save_every", "sample_steps", "sample_batch",
             "accumulate", "memory_gb", "compile"}
 MADE_BY = {"01_teacher.pt": "01_train_teacher.py", "02_pairs.pt": "02_generate_pairs.py",
@@ -1135,6 +1136,8 @@ def compiled(net, loss_of):
         fast = torch.compile(net)
         loss_of(fast).backward()
         return fast
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, ImportError, OSError) as error:
         say(f"--compile does not work here, and the run goes on without: {str(error).strip().splitlines()[0]}")
         return net

@@ -6,11 +6,11 @@
 
 Nothing is trained here. A run is one command of a stage, in a folder of its own to which the artifacts of earlier runs are
 linked. Runs that grids share are made once, and runs that are done are not made again, so the same command continues.
-Variants with the same seed start from the same teacher and pairs, and are compared seed by seed; all networks are measured
-with the same noise and the same feature network (05 with --seed 0).
+Variants are compared seed by seed: those with the same seed share what the grid does not vary, such as the teacher and its
+pairs. All networks are measured with the same noise and the same feature network (05 with --seed 0).
 
 Reads   nothing
-Writes  extras/results/<grid>.json (all runs), <grid>.md (mean, standard deviation, verdicts), <grid>.png; the runs into --work
+Writes  extras/results/<grid>.json (all runs), <grid>.md (mean, standard deviation, verdicts), <grid>.png; the runs into <out>/ablations
 Takes   2 CPU cores (AMD EPYC, torch 2.13, bf16): see the time in each table; a teacher and its pairs 2 minutes for each seed
 """
 import concurrent.futures
@@ -33,12 +33,18 @@ from PIL import Image, ImageDraw, ImageFont
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from common import Settings, UserError, check_ranges, clock, require, run, say, writing
+from common import Settings, check_ranges, clock, require, run, say, writing
 
 SCRIPTS = {script[:2]: script for script in ("01_train_teacher.py", "02_generate_pairs.py", "03_annealing_reflow.py",
                                              "04_flow_guided_distill.py", "05_eval_fid.py")}
 MADE = {"01": "01_teacher.pt", "02": "02_pairs.pt", "03": "03_reflow.pt", "04": "04_student.pt"}
 T_QUANTILE = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}  # Student's t, 97.5 %, of n values
+
+
+def refuse_what_runs_do_not_use(cfg):
+    """Raises UserError for settings of all scripts that have no meaning for many runs."""
+    require(not cfg.restart, f"--restart: delete the folder of the runs under {cfg.out} instead, or choose another --out")
+    require(cfg.seed == 0, "--seed: every variant is run with the seeds 0, 1, ...; their number is --seeds")
 
 
 @dataclass
@@ -47,12 +53,14 @@ class Config(Settings):
     grid: Literal["all", "calls", "distillation", "pairs", "reflow", "steps", "size", "precision"] = "all"  # which
     seeds: int = 5  # runs of each variant, with seeds 0, 1, ...
     jobs: int = 0  # runs at a time; 0: one for each CPU core, or one on a GPU
-    work: str = "out/ablations"  # folder of the runs
     results: str = str(ROOT / "extras" / "results")  # folder of the tables and plots
     tables_only: bool = False  # run nothing: only tables and plots, from the .json
 
+    runs = "ablations"  # their folder in --out
+
     def __post_init__(self):
         check_ranges(self, seeds=(2, 10), jobs=(0, None))
+        refuse_what_runs_do_not_use(self)
 
 
 # ------------------------------------------------------------------------------------------------------------ grids
@@ -76,7 +84,7 @@ class Run:
                 ([f"--{'' if value else 'no-'}{key}"] if isinstance(value, bool) else [f"--{key}", str(value)])]
 
     def folder(self, cfg, seed):
-        return Path(cfg.work, f"{self.stage}-{hashlib.sha256(self.name.encode()).hexdigest()[:10]}-seed{seed}")
+        return Path(cfg.out, cfg.runs, f"{self.stage}-{hashlib.sha256(self.name.encode()).hexdigest()[:10]}-seed{seed}")
 
 
 @dataclass
@@ -86,7 +94,7 @@ class Grid:
     variants: dict  # {(line in the plot, place on the x axis): the runs of 05 that measure it}
     columns: dict  # {title: (network in 05's table, its calls; None: the most)}
     claims: dict = field(default_factory=dict)  # {text: ((sign, variant, column), ...)}: the signed sum should be above 0
-    facts: tuple = ()  # further columns of 05's table that are shown
+    facts: dict = field(default_factory=dict)  # {further column of 05's table: its title}
 
 
 def stage(number, *parents, **settings):
@@ -156,7 +164,7 @@ def distillation_grid():
                for name in ("pairs only", "guided")}
     claims |= {f"the flow's own pairs are better than the teacher's: {name}":
                lower((name, "own pairs"), (name, "teacher's pairs"), "student") for name in ("pairs only", "guided")}
-    return Grid(f"Distillation, {DISTILL['steps']} steps", "variant of stage 04; 'scratch' has the teacher's pairs", variants,
+    return Grid(f"Distillation, {DISTILL['steps']} steps each", "variant of stage 04; 'scratch' has the teacher's pairs", variants,
                 {"student": ("student", 1)}, claims)
 
 
@@ -182,7 +190,8 @@ def size_grid():
     claims = {f"base {large} is better than base {small}": lower(("", f"base {large}"), ("", f"base {small}"), "student")
               for small, large in ((8, 16), (16, 24))}
     return Grid("Size of the student", "channels of its first level", variants, {"student": ("student", 1), "flow, 8 calls": FLOW["8 calls"]},
-                claims, ("parameters", "macs", "ms_one", "straightness"))
+                claims, {"parameters": "parameters", "macs": "MACs", "ms_one": "ms per image (one thread, beside other runs)",
+                         "straightness": "straightness of the flow"})
 
 
 def default_runs(**settings):
@@ -228,12 +237,12 @@ def make(task, seed, cfg, threads):
         if not link.exists():
             os.link(parent.folder(cfg, seed) / cfg.preset / link.name, link)
     arguments = [SCRIPTS[task.stage], "--preset", cfg.preset, "--seed", str(0 if task.stage == "05" else seed), *task.arguments()]
-    command = [sys.executable, str(ROOT / arguments[0]), *arguments[1:], "--out", str(folder)]
-    began = time.time()
+    command = [sys.executable, str(ROOT / arguments[0]), *arguments[1:], "--out", str(folder), "--device", cfg.device]
+    began, version = time.time(), commit()
     with open(folder / "log.txt", "a") as log:
         code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": str(threads)}).returncode
     require(code == 0, f"{' '.join(arguments)} failed; see {folder}/log.txt")
-    found = {"run": task.name, "command": " ".join(arguments), "seed": seed, "commit": commit(), "machine": machine(),
+    found = {"run": task.name, "command": " ".join(arguments), "seed": seed, "commit": version, "machine": machine(),
              "date": time.strftime("%Y-%m-%d"), "seconds": round(time.time() - began, 1)}
     for results in (folder / cfg.preset).glob("05_*.json"):
         found |= json.loads(results.read_text())
@@ -244,7 +253,10 @@ def make(task, seed, cfg, threads):
 
 def commit():
     """The commit of the code, with a + if files differ from it."""
-    told = subprocess.run(["git", "describe", "--always", "--dirty=+", "--abbrev=10"], cwd=ROOT, capture_output=True, text=True)
+    try:
+        told = subprocess.run(["git", "describe", "--always", "--dirty=+", "--abbrev=10"], cwd=ROOT, capture_output=True, text=True)
+    except OSError:  # no git here
+        return "unknown"
     return told.stdout.strip() or "unknown"
 
 
@@ -277,13 +289,17 @@ def make_all(runs, cfg):
         waiting = not (task.folder(cfg, seed) / "done.json").exists()
         found = make(task, seed, cfg, threads)
         if waiting:
-            left = sum(not future.done() for future in futures.values()) - 1
+            left = sum(not future.done() for future in list(futures.values())) - 1
             say(f"{clock(time.time() - began)} | {left} left | {found['seconds']:.0f} s | seed {seed} | {task.name}")
         return found
 
-    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+    pool = concurrent.futures.ThreadPoolExecutor(jobs)
+    try:
         for task, seed in todo:
             futures[task, seed] = pool.submit(job, task, seed)
+        concurrent.futures.wait(futures.values())
+    finally:  # Ctrl-C: the commands that run have heard it too, and save their state; those that wait are not begun
+        pool.shutdown(cancel_futures=True)
     failed = [str(future.exception()) for future in futures.values() if future.exception()]
     require(not failed, "; ".join(dict.fromkeys(failed)))
     return {key: future.result() for key, future in futures.items()}
@@ -320,7 +336,9 @@ def table(grid, runs, values):
     """The lines of <grid>.md."""
     n = len({entry["seed"] for entry in runs})
     lines = [f"**{grid.title}**: FD-shapes, mean ± standard deviation of {n} seeds.", "",
-             f"| variant | {' | '.join([*grid.columns, *grid.facts])} |", f"|---|{'---:|' * len((*grid.columns, *grid.facts))}"]
+             f"| variant | {' | '.join([*grid.columns, *grid.facts.values()])} |", f"|---|{'---:|' * len((*grid.columns, *grid.facts))}"]
+    classifiers = {result["protocol"].get("classifier") for entry in runs for result in entry["measured"]}
+    require(len(classifiers) == 1, f"the runs were measured with different feature networks ({classifiers}), and cannot be compared")
     for variant in grid.variants:
         cells = [f"{statistics.mean(v):.3f} ± {statistics.stdev(v):.3f}" for v in (values[variant, c] for c in grid.columns)]
         entries = [entry["measured"] for entry in runs if tuple(entry["variant"]) == variant]
@@ -330,6 +348,8 @@ def table(grid, runs, values):
             cells.append(f"{mean / 1e6:.1f} M" if fact == "macs" else f"{mean:,.0f}" if fact == "parameters" else f"{mean:.3g}")
         lines.append(f"| {', '.join(filter(None, variant))} | {' | '.join(cells)} |")
     if grid.claims:
+        lines += ["", f"Seeds are compared in pairs. Each interval stands for itself: of {len(grid.claims)} claims without any truth in them, "
+                  f"{0.05 * len(grid.claims):.1f} would on average be called shown or opposite."]
         lines += ["", "| claim | gain in FD-shapes, 95 % interval | verdict |", "|---|---:|---|"]
         for text, terms in grid.claims.items():
             mean, half = interval([sum(sign * value for (sign, *_), value in zip(terms, one))
@@ -337,7 +357,8 @@ def table(grid, runs, values):
             lines.append(f"| {text} | {mean:+.3f} ({mean - half:+.3f} to {mean + half:+.3f}) | {verdict(mean, half)} |")
     spent = {run["run"] + str(run["seed"]): run["seconds"] for entry in runs for run in entry["made"]}
     where = ", ".join(sorted({f"{run['machine']}, {run['date']}" for entry in runs for run in entry["made"]}))
-    return [*lines, "", f"{where}; the commands took {clock(sum(spent.values()))} hours in all, several at a time.", ""]
+    versions = ", ".join(sorted({run["commit"] for entry in runs for run in entry["made"]}))
+    return [*lines, "", f"{where}; commit {versions}; the commands took {clock(sum(spent.values()))} hours in all, several at a time.", ""]
 
 
 def plot(path, grid, values):
@@ -365,7 +386,7 @@ def plot(path, grid, values):
             draw.text((left - 8, y), f"{value:g}", fill=ink, font=font, anchor="rm")
     draw.rectangle([left, top, right, bottom], outline="#999999")
     for place in places:
-        draw.text((at(place, 1)[0] + (len(names) - 1) * 4.5 - (len(names) - 1) * 4.5, bottom + 6), place, fill=ink, font=font, anchor="ma")
+        draw.text((at(place, 1, (len(names) - 1) / 2)[0], bottom + 6), place, fill=ink, font=font, anchor="ma")
     draw.text(((left + right) / 2, bottom + 26), grid.x_label, fill=ink, font=font, anchor="ma")
     for line, (name, column) in enumerate(names):
         colour, means = colours[line % len(colours)], []
@@ -376,7 +397,7 @@ def plot(path, grid, values):
                 draw.ellipse([x - 2, y - 2, x + 2, y + 2], outline=colour)
             if numbers:
                 mean, spread = statistics.mean(numbers), statistics.stdev(numbers)
-                draw.line([at(place, max(mean - spread, 1e-3), line), at(place, mean + spread, line)], fill=colour, width=2)
+                draw.line([at(place, max(mean - spread, 10**low), line), at(place, mean + spread, line)], fill=colour, width=2)
                 means.append(at(place, mean, line))
         draw.line(means, fill=colour, width=2)
         for x, y in means:

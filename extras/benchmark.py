@@ -1,7 +1,7 @@
 """Measure this machine, and how near to its limits the networks and the stages work.
 
-    python extras/benchmark.py            # some minutes on 2 CPU cores
-    python extras/benchmark.py --quick    # fewer networks, one minute
+    python extras/benchmark.py            # 4 minutes on 2 CPU cores
+    python extras/benchmark.py --quick    # fewer networks, 2 minutes
 
 First the limits: the fastest large matrix product and 3x3 convolution, and copying. Then every network of the presets, each
 in a process of its own so that its peak memory is its own: a forward pass, and a whole training step as train() makes it, with
@@ -37,7 +37,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from common import (EVALUATION, PAIRS, Attention, Settings, UNet, autocast, best_precision, check_ranges, count_parameters,
-                    draw_shapes, generate, load, load_images, noise_for, on_device, pair_batch, random_flip, read, run, save, say,
+                    draw_shapes, generate, load, load_images, noise_for, on_device, pair_batch, random_flip, read, require, run, save, say,
                     start, train, writing)
 
 teacher, reflow, evaluation = map(importlib.import_module, ("01_train_teacher", "03_annealing_reflow", "05_eval_fid"))
@@ -67,17 +67,22 @@ def networks():
     return found
 
 
+def wait_for(device):
+    """Until a GPU has done what it was given."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def medians(calls, device, at_least=3, seconds=0.5):
     """Median time of each call, in turn, over `at_least` rounds and that many seconds, after one to warm up. Waits for the GPU."""
-    wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
     rounds = []
     while len(rounds) < at_least + 1 or sum(map(sum, rounds[1:])) < seconds:
         times = []
         for call in calls:
-            wait()
+            wait_for(device)
             began = time.perf_counter()
             call()
-            wait()
+            wait_for(device)
             times.append(time.perf_counter() - began)
         rounds.append(times)
     return [statistics.median(times) for times in zip(*rounds[1:])]
@@ -88,11 +93,12 @@ def median_seconds(call, device, at_least=3, seconds=0.5):
     return medians([call], device, at_least, seconds)[0]
 
 
-def limits(device):
+def limits(device, precisions):
     """What the machine can do at best: {"fp32 product": GFLOP/s, "fp32 convolution": ..., the same for bf16, "copy": GB/s}."""
     n, batch, c = (2048, 16, 192) if device.type == "cpu" else (8192, 128, 512)
     found = {}
-    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+    for precision in precisions:
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
         a = torch.randn(n, n, device=device, dtype=dtype)
         found[f"{precision} product"] = 2 * n**3 / median_seconds(lambda: a @ a, device) / 1e9
         speeds = []
@@ -109,10 +115,17 @@ def limits(device):
 
 # ------------------------------------------------------------------------------------------------- in a process of its own
 
-def apart(function, *arguments):
+def prepare(device):
+    """What start() does for a stage's process."""
+    torch.set_float32_matmul_precision("high")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
+def apart(device, function, *arguments):
     """function(*arguments) in a new process, whose memory nothing else has used."""
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(1, context) as pool:
+    with concurrent.futures.ProcessPoolExecutor(1, context, prepare, (device,)) as pool:
         return pool.submit(function, *arguments).result()
 
 
@@ -139,26 +152,32 @@ def made_up_pairs(path, cfg, n, shape):
 
 
 def steps_of(cfg, net, pairs, device):
-    """(seconds of each training step of stage 03, seconds of each that the network takes, forward and backward)."""
-    began, network_began, network_ended = [], [], [0.0] * cfg.steps
+    """(median seconds of a training step of stage 03, and the share of it that is not the network's forward and backward pass).
+
+    The share is None on a GPU, which does not tell when a part of a step is done without being made to wait.
+    """
+    began, network_began, network_ended = [], [], {}
 
     def loss_at(net, step, part):
+        wait_for(device)
         began.append(time.perf_counter())
         noise, data, labels = pair_batch(pairs, part, device)
         noise, data = random_flip(part.rand(device), noise, data)
         fresh = part.randn(*noise.shape[1:], device=device)
+        network_began.append(time.perf_counter())
         return reflow.reflow_loss(net, noise, data, 0.5, labels, fresh, part.rand(device))
 
     def note_end(parameter):  # called as each gradient is ready: the last call is the end of the backward pass
         network_ended[len(began) - 1] = time.perf_counter()
 
-    net.register_forward_pre_hook(lambda *_: network_began.append(time.perf_counter()))
     for parameter in net.parameters():
         parameter.register_post_accumulate_grad_hook(note_end)
     with contextlib.redirect_stdout(io.StringIO()):
         train("03 benchmark", cfg, net, loss_at)
-    inside = [end - begin for begin, end in zip(network_began, network_ended)]
-    return np.diff(began)[1:], inside[1:]
+    first = 1 + cfg.compile  # to warm up; compiling tries a step more
+    inside = statistics.median(network_ended[i] - network_began[i] for i in range(first, len(began)))
+    step = statistics.median(np.diff(began)[first:])
+    return step, 1 - inside / step if device.type == "cpu" else None
 
 
 def measure_network(args, precision, batch, device, compiled, repeat):
@@ -172,9 +191,8 @@ def measure_network(args, precision, batch, device, compiled, repeat):
     with tempfile.TemporaryDirectory() as folder:
         cfg = reflow.Config(out=folder, batch=batch, precision=precision, steps=repeat + 2, save_every=10**9, compile=compiled)
         made_up_pairs(Path(folder, "02_pairs.pt"), cfg, 256, shape)
-        seconds, inside = steps_of(cfg, net, read(Path(folder, "02_pairs.pt")), device)
-    step = statistics.median(seconds)
-    return {"forward": forward, "step": step, "outside": 1 - statistics.median(inside) / step, "peak": peak_megabytes(device)}
+        step, outside = steps_of(cfg, net, read(Path(folder, "02_pairs.pt")), device)
+    return {"forward": forward, "step": step, "outside": outside, "peak": peak_megabytes(device)}
 
 
 def measure_plain(args, batch, device, repeat):
@@ -209,9 +227,10 @@ def measure_plain(args, batch, device, repeat):
     return {"forward": forward, "step": median_seconds(step, device, repeat), "outside": None, "peak": peak_megabytes(device)}
 
 
-def measure_pairs(args, n, batch, precision, device, steps):
+def measure_pairs(args, n, batch, precision, device, steps, out):
     """Training with n pairs: the file's size in MB, seconds to open it and per step, and by how much memory grows."""
-    with tempfile.TemporaryDirectory(dir=".") as folder:
+    Path(out).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out) as folder:
         cfg = reflow.Config(out=folder, batch=batch, precision=precision, steps=steps, save_every=10**9)
         path = cfg.folder / "02_pairs.pt"
         cfg.folder.mkdir()
@@ -223,8 +242,8 @@ def measure_pairs(args, n, batch, precision, device, steps):
         for _ in range(200):  # as training would: many pairs, in no order
             torch.stack([pairs["images"][i] for i in torch.randint(n, (128,))])
         own, mapped = megabytes(*memory) - before
-        seconds, _ = steps_of(cfg, on_device(UNet(**args), device, precision), pairs, device)
-        return {"megabytes": path.stat().st_size / 1e6, "open": opening, "step": statistics.median(seconds), "own": own, "mapped": mapped}
+        step, _ = steps_of(cfg, on_device(UNet(**args), device, precision), pairs, device)
+        return {"megabytes": path.stat().st_size / 1e6, "open": opening, "step": step, "own": own, "mapped": mapped}
 
 
 # ------------------------------------------------------------------------------------------------- one after another
@@ -245,12 +264,16 @@ def latency(args, precision, device):
     """(seconds of one call for one image, seconds of its bare convolutions and linear layers)."""
     net = on_device(UNet(**args).eval(), device, precision)
     inputs = torch.randn(1, 3, args["image_size"], args["image_size"], device=device), torch.zeros(1, device=device)
-    with autocast(precision, device):
-        bare = bare_layers(net, inputs)
-        return medians([lambda: net(*inputs), bare], device, 20, 2.0)
+    bare = bare_layers(net, inputs)
+
+    def whole_of(call):  # autocast keeps a weight's bf16 copy until it ends: one call has to make them all
+        with autocast(precision, device):
+            call()
+
+    return medians([lambda: whole_of(lambda: net(*inputs)), lambda: whole_of(bare)], device, 20, 2.0)
 
 
-def data_rows(device):
+def data_rows():
     """Rows (what, value, unit) for what feeds the networks."""
     yield "draw 16,384 shapes", median_seconds(lambda: draw_shapes(16_384, 16), "cpu", 1), "s"
     images = draw_shapes(1000, 32)[0]
@@ -290,17 +313,18 @@ def sampling_row(name, args, steps, precision, device):
 
 def main(cfg):
     device = start(cfg, "benchmark")
+    require(device.type in ("cpu", "cuda"), f"--device {cfg.device}: this measures a CPU or an NVIDIA GPU")
     best, repeat = best_precision(device), 3 if cfg.quick else 5
 
     # 1. The machine.
-    peak = limits(device)
+    peak = limits(device, dict.fromkeys(["fp32", best]))
     say("limits | " + " | ".join(f"{name} {value:,.0f} {'GB/s' if name == 'copy' else 'GFLOP/s'}" for name, value in peak.items()))
 
     # 2. The networks.
     chosen = {name: (args, evaluation.count_macs(UNet(**args))) for name, args in networks().items()}
     chosen = {name: (args, macs) for name, (args, macs) in chosen.items() if macs <= cfg.max_gmacs * 1e9}
     if cfg.quick:
-        chosen = {name: chosen[name] for name in ("shapes student", "paper's 3.4M")}
+        chosen = {name: chosen[name] for name in ("shapes student", "paper's 3.4M") if name in chosen}
     rows, lines = [], ["| network | parameters | as | forward, img/s | of limit | step, img/s | of limit | to plain: forward, step | "
                        "outside of the network | peak, MB |", "|---|---:|---|---:|---:|---:|---:|---:|---:|---:|"]
     for name, (args, macs) in sorted(chosen.items(), key=lambda item: item[1][1]):
@@ -308,9 +332,9 @@ def main(cfg):
         kinds = ["plain fp32", "fp32", *(["bf16"] if best == "bf16" else []), *([f"{best} compiled"] if cfg.compile else [])]
         for kind in kinds:
             if kind == "plain fp32":
-                found = plain = apart(measure_plain, args, cfg.batch, device, repeat)
+                found = plain = apart(device, measure_plain, args, cfg.batch, device, repeat)
             else:
-                found = apart(measure_network, args, kind[:4], cfg.batch, device, "compiled" in kind, repeat)
+                found = apart(device, measure_network, args, kind[:4], cfg.batch, device, "compiled" in kind, repeat)
             limit = max(peak[f"{kind.replace('plain ', '')[:4]} {what}"] for what in ("product", "convolution")) * 1e9
             share = {part: factor * 2 * macs * cfg.batch / found[part] / limit for part, factor in (("forward", 1), ("step", 3))}
             rows.append({"network": name, "parameters": parameters, "macs": macs, "as": kind, "batch": cfg.batch, **found,
@@ -330,9 +354,9 @@ def main(cfg):
                              f"ms, {call / bare - 1:.0%} more than its bare convolutions"})
 
     # 4. Everything around the networks.
-    pairs = apart(measure_pairs, networks()["paper's 3.4M"], cfg.n_pairs, cfg.batch, best, device, 5 if cfg.quick else 20)
+    pairs = apart(device, measure_pairs, networks()["paper's 3.4M"], cfg.n_pairs, cfg.batch, best, device, 5 if cfg.quick else 20, cfg.out)
     shapes = networks()["shapes teacher"]
-    others = [*data_rows(device), (f"{cfg.n_pairs:,} pairs, 32x32: the file", pairs["megabytes"], "MB"),
+    others = [*data_rows(), (f"{cfg.n_pairs:,} pairs, 32x32: the file", pairs["megabytes"], "MB"),
               (f"{cfg.n_pairs:,} pairs: check and open the file", pairs["open"], f"s; memory grows by {pairs['own']:.0f} MB, and by "
                f"{pairs['mapped']:.0f} MB of the file's pages"),
               (f"{cfg.n_pairs:,} pairs: training the 3.4M network, {best}", cfg.batch / pairs["step"], "img/s"),
@@ -353,4 +377,4 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    run(main, Config, dict.fromkeys(teacher.PRESETS, {}), __doc__)
+    run(main, Config, {Config.preset: {}}, __doc__)

@@ -8,6 +8,7 @@ Reads   out/<preset>/01_teacher.pt, 03_reflow.pt
 Writes  out/<preset>/paths.png
 Takes   shapes: 10 s on 2 CPU cores
 """
+import importlib
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from common import (EVALUATION, PRESET, Settings, check_ranges, euler, load_network, noise_for, require, require_same_kind, run, say, start,
+from common import (EVALUATION, Settings, check_ranges, euler, load_network, noise_for, require, require_same_kind, run, say, start,
                     to_uint8, writing)
 
 COLOURS = {"teacher": "#d1495b", "2-rectified flow": "#174a7c"}
@@ -72,7 +73,7 @@ def main(cfg):
     bends = {name: deviation(states).cpu() for name, (states, _) in paths.items()}
 
     # 2. Left: the deviation from the straight line.
-    shown = torch.linspace(0, cfg.steps, 6).round().long().tolist()  # which of the states are shown as images
+    shown = torch.linspace(0, cfg.steps, min(6, cfg.steps + 1)).round().long().tolist()  # which of the states are shown as images
     cell = size * max(1, 64 // size)
     left, top, width, height, right = 60, 40, 330, 300, 560
     canvas = Image.new("RGB", (right + len(shown) * (cell + 4), max(400, top + 2 * cfg.strips * (cell + 4) + 40)), "white")
@@ -110,4 +111,4 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    run(main, Config, {PRESET: {}}, __doc__)
+    run(main, Config, dict.fromkeys(importlib.import_module("01_train_teacher").PRESETS, {}), __doc__)

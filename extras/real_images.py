@@ -5,14 +5,15 @@
 
 As in extras/ablations.py each run is a command of a stage, and the same command continues. An hour on a CPU is a few passes over
 the images: what comes out has colours, skies and things with edges, and little more. It shows that nothing in the stages is
-made for drawings, and how teacher, 2-rectified flow and students compare at equal cost.
+made for drawings, and how teacher, 2-rectified flow and students compare after equally many steps.
 
 The distance is the Frechet distance of the features of a small classifier, trained here on nine tenths of the same images:
 "FD-cifar-classifier". It compares the rows of one table and nothing else; it is not FID.
 
 Reads   --data: images with labels
-Writes  extras/results/cifar10_cpu.json, .md, .png (made-up images only); the runs and the classifier into --work
+Writes  extras/results/cifar10_cpu.json, .md, .png (made-up images only); the runs and the classifier into <out>/real_images
 """
+import hashlib
 import importlib
 import json
 import statistics
@@ -26,7 +27,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from ablations import ROOT, ancestors, machine, make_all, stage  # makes common importable
+from ablations import ROOT, ancestors, machine, make_all, refuse_what_runs_do_not_use, stage  # makes common importable
 from common import (Settings, autocast, best_precision, check_ranges, clock, from_uint8, load_images, load_strictly, random_flip,
                     read, require, run, save, save_grid, say, start, writing)
 
@@ -43,10 +44,12 @@ class Config(Settings):
     classifier_steps: int = 1500  # training steps of the distance's classifier
     jobs: int = 1  # runs at a time
     seeds: int = 1  # runs of everything, with seeds 0, 1, ...
-    work: str = "out/real_images"  # folder of the runs
     results: str = str(ROOT / "extras" / "results")  # folder of table and picture
 
+    runs = "real_images"  # their folder in --out
+
     def __post_init__(self):
+        refuse_what_runs_do_not_use(self)
         check_ranges(self, n_samples=(130, 10**6), scale=(0, None), classifier_steps=(1, None), jobs=(1, None), seeds=(1, 10))
 
 
@@ -114,12 +117,14 @@ def train_classifier(cfg, images, labels, device):
 
 def main(cfg):
     device = start(cfg, "real images")
-    work, began = Path(cfg.work), time.time()
+    work, began = Path(cfg.out, cfg.runs), time.time()
 
     # 1. The classifier whose features are compared.
     images, labels = load_images(cfg.data, 32, cache=work / "cache")
     require(labels is not None, f"{cfg.data} has no labels, which the distance's classifier needs")
-    labels, path = torch.as_tensor(labels), work / "classifier.pt"
+    require(len(images) >= 2 * cfg.n_samples, f"{cfg.data} has {len(images)} images, fewer than twice --n_samples {cfg.n_samples}")
+    made_from = hashlib.sha256(images.numpy()).hexdigest()[:10]
+    labels, path = torch.as_tensor(labels), work / f"classifier_{made_from}_{cfg.classifier_steps}.pt"
     if not path.exists():
         net, accuracy = train_classifier(cfg, images, labels, device)
         save(path, cfg, weights=net.state_dict(), accuracy=accuracy)
@@ -136,14 +141,14 @@ def main(cfg):
     chosen = networks(cfg)
     made = make_all([task for task, *_ in chosen.values()], cfg)
 
-    # 3. Distances to the images, and what halves of the real ones have from each other.
+    # 3. Distances to the images; and of some of the real ones to all others.
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(1))
     real = gaussian_of(images)
     rows = {"real (other images)": [evaluation.frechet_distance(*(gaussian_of(images[i]) for i in (order[:cfg.n_samples], order[cfg.n_samples:])))]}
     pictures = {}
     for title, (task, key, _) in chosen.items():
         for seed in range(cfg.seeds):
-            folder = task.folder(cfg, seed) / cfg.preset / f"05_{key}"
+            folder = task.folder(cfg, seed) / cfg.preset / f"05_{key}_images"
             found, _ = load_images(str(folder), 32, cache=work / "cache")
             rows.setdefault(title, []).append(evaluation.frechet_distance(*gaussian_of(found), *real))
             pictures.setdefault(title, from_uint8(found[:12]))

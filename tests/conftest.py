@@ -10,7 +10,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 NAMES = {"01": "01_train_teacher", "02": "02_generate_pairs", "03": "03_annealing_reflow", "04": "04_flow_guided_distill",
-         "05": "05_eval_fid", "import": "extras/import_checkpoint", "benchmark": "extras/benchmark", "ablations": "extras/ablations"}
+         "05": "05_eval_fid", "import": "extras/import_checkpoint", "benchmark": "extras/benchmark", "ablations": "extras/ablations",
+         "paths": "extras/paths", "real_images": "extras/real_images"}
 
 
 def load_script(number):

@@ -1,6 +1,7 @@
 """The benchmark's measures, and the ablations' runs, tables and verdicts, without the hours that they take."""
 import json
 import re
+import shutil
 import subprocess
 from types import SimpleNamespace
 
@@ -9,7 +10,7 @@ import torch
 from PIL import Image
 
 import common
-from conftest import load_script
+from conftest import Field, load_script
 
 TINY = dict(image_size=16, base=8, mult=(1, 2), blocks=1, attn=(8,))
 
@@ -22,9 +23,12 @@ def test_medians_take_turns_and_leave_out_the_first_round():
     assert calls == ["a", "b"] * 4 and 0 < a < 1e-3 and 0 < b < 1e-3
 
 
-def test_a_training_step_is_measured_with_the_part_outside_of_the_network():
-    found = load_script("benchmark").measure_network(TINY, "fp32", 4, torch.device("cpu"), False, 5)
-    assert 0 < found["forward"] < found["step"] and 0 < found["outside"] < 1
+def test_a_training_step_is_measured_with_the_part_outside_of_the_network(monkeypatch):
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda net: compile_(net, backend="eager"))
+    for compiled in (False, True):
+        found = load_script("benchmark").measure_network(TINY, "fp32", 4, torch.device("cpu"), compiled, 5)
+        assert 0 < found["forward"] < found["step"] and 0 < found["outside"] < 1
 
 
 def test_the_plain_network_is_the_same_function(monkeypatch):
@@ -37,10 +41,9 @@ def test_the_plain_network_is_the_same_function(monkeypatch):
     assert 0 < found["forward"] < found["step"] and "plain" in common.Attention.forward.__qualname__
 
 
-def test_pairs_are_mapped_and_not_read_into_memory(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    found = load_script("benchmark").measure_pairs(TINY, 20_000, 4, "fp32", torch.device("cpu"), 3)
-    assert found["megabytes"] == pytest.approx(20_000 * 3 * 16 * 16 * 2 / 1e6, rel=0.01) and found["own"] < 15
+def test_pairs_are_mapped_and_not_read_into_memory(tmp_path):
+    found = load_script("benchmark").measure_pairs(TINY, 20_000, 4, "fp32", torch.device("cpu"), 3, str(tmp_path))
+    assert found["megabytes"] == pytest.approx(20_000 * 3 * 16 * 16 * 2 / 1e6, rel=0.01) and not found["own"] > 15  # not a number where there is no /proc
 
 
 def test_bare_layers_are_those_of_the_network():
@@ -53,18 +56,17 @@ def test_bare_layers_are_those_of_the_network():
 # ------------------------------------------------------------------------------------------------- ablations
 
 def entry(variant, seed, distance):
-    ablations = load_script("ablations")
     rows = [dict(network="student", calls=1, distance=distance, parameters=10), dict(network="student", calls=2, distance=99.0, parameters=10)]
     facts = dict(run="04", command="04", seed=seed, commit="abc", machine="a machine", date="2026-01-01", seconds=30)
-    return {"variant": variant, "seed": seed, "made": [facts], "measured": [{"protocol": {}, "rows": rows}]}, ablations
+    return {"variant": variant, "seed": seed, "made": [facts], "measured": [{"protocol": {"classifier": "c"}, "rows": rows}]}
 
 
 @pytest.mark.parametrize("gains, expected", [((0.3, 0.4, 0.5), "shown"), ((0.4, -0.5, 0.3), "not shown"), ((-0.3, -0.4, -0.5), "opposite")])
 def test_a_verdict_needs_an_interval_on_one_side_of_zero(tmp_path, gains, expected):
     ablations = load_script("ablations")
-    runs = [entry(("", name), seed, 2.0 + seed - gain * (name == "b"))[0] for seed, gain in enumerate(gains) for name in "ab"]
+    runs = [entry(("", name), seed, 2.0 + seed - gain * (name == "b")) for seed, gain in enumerate(gains) for name in "ab"]
     grid = ablations.Grid("Title", "x", {("", "a"): (), ("", "b"): ()}, {"student": ("student", 1)},
-                          {"b is better": ablations.lower(("", "b"), ("", "a"), "student")}, ("parameters",))
+                          {"b is better": ablations.lower(("", "b"), ("", "a"), "student")}, {"parameters": "parameters"})
     values = ablations.values_of(grid, runs)
     text = "\n".join(ablations.table(grid, runs, values))
     mean = sum(gains) / 3
@@ -77,6 +79,40 @@ def test_a_verdict_needs_an_interval_on_one_side_of_zero(tmp_path, gains, expect
 def test_the_interval_is_students():
     mean, half = load_script("ablations").interval([1.0, 2.0, 3.0, 4.0, 5.0])
     assert mean == 3 and half == pytest.approx(2.78 * (2.5 / 5) ** 0.5)  # standard deviation sqrt(2.5), of 5
+
+
+@pytest.mark.parametrize("name", ["benchmark", "ablations", "paths", "real_images"])
+def test_the_extras_can_be_started_as_they_are(name):
+    script = load_script(name)
+    presets = {"paths": load_script("01").PRESETS, "real_images": {"cifar10_quick": {}}}.get(name, {"shapes": {}})
+    assert common.read_settings(script.Config, presets, script.__doc__, []).preset in presets
+
+
+def test_measurements_with_different_feature_networks_are_not_compared():
+    ablations = load_script("ablations")
+    runs = [entry(("", "a"), seed, 1.0) for seed in range(2)]
+    runs[1]["measured"][0]["protocol"] = {"classifier": "another"}
+    grid = ablations.Grid("Title", "x", {("", "a"): ()}, {"student": ("student", 1)})
+    with pytest.raises(common.UserError, match="different feature networks"):
+        ablations.table(grid, runs, ablations.values_of(grid, runs))
+
+
+def test_a_straight_path_has_no_deviation_and_a_bent_one_has():
+    paths = load_script("paths")
+    noise, ends = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
+    states, answers = paths.follow(Field(lambda x, t: ends - noise), noise, 4)
+    assert states.shape == answers.shape == (5, 2, 3, 4, 4)
+    torch.testing.assert_close(answers, ends.expand(5, -1, -1, -1, -1))
+    assert paths.deviation(states).max() < 1e-6
+    bent, _ = paths.follow(Field(lambda x, t: (ends - noise) * 2 * t), noise, 50)
+    assert paths.deviation(bent).max() == pytest.approx(0.25, abs=0.01)  # t - t^2 of its length, at t = 1/2
+
+
+def test_the_path_figure_is_drawn(finished, tmp_path):
+    paths = load_script("paths")
+    shutil.copytree(finished / "shapes", tmp_path / "shapes")
+    paths.main(paths.Config(out=str(tmp_path), steps=3, paths=2, strips=1))
+    assert Image.open(tmp_path / "shapes/paths.png").size[0] > 500
 
 
 def test_every_claim_names_a_variant_and_every_run_a_setting():
@@ -111,11 +147,13 @@ def test_runs_that_are_done_are_not_made_again_and_parents_come_first(tmp_path, 
         return SimpleNamespace(returncode=int(fail == number))
 
     monkeypatch.setattr(ablations.subprocess, "run", pretend)
-    cfg = ablations.Config(grid="distillation", seeds=2, jobs=2, work=str(tmp_path / "work"), results=str(tmp_path / "results"))
+    cfg = ablations.Config(grid="distillation", seeds=2, jobs=2, out=str(tmp_path), results=str(tmp_path / "results"))
     fail = "04"
     with pytest.raises(common.UserError, match="04_flow_guided_distill.py .* failed; see"):
         ablations.main(cfg)
-    assert [number for number, _ in ran] == sorted(number for number, _ in ran) and ("05", "0") not in ran
+    for seed in "01":  # parents before what is made from them
+        order = [number for number, of in ran if of == seed]
+        assert order == sorted(order) and set(order) == {"01", "02", "03", "04"}
     before, fail = len(ran), None
     ablations.main(cfg)
     assert before == 2 * 3 + 2 * 6 and len(ran) == before + 2 * 6 + 2 * 6  # the failed ones again, and the measurements

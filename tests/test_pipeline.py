@@ -146,12 +146,14 @@ except ImportError:
 
 def test_only_sampling_and_a_student_without_this_project(finished, tmp_path):
     shutil.copytree(finished / "shapes", tmp_path / "shapes", ignore=shutil.ignore_patterns("05_*"))
+    call("05", tmp_path, only="student", png=7)
     call("05", tmp_path, "--export", only="student", png=5, precision="fp32", seed=3)
-    assert {p.name for p in (tmp_path / "shapes").glob("05_*")} == {"05_student", "05_student.png", "05_student.pt2"}
+    assert len(list((tmp_path / "shapes/05_student_images").iterdir())) == 5  # those of before are gone
+    assert {p.name for p in (tmp_path / "shapes").glob("05_*")} == {"05_student_images", "05_student_images.png", "05_student.pt2"}
     student, _ = common.load_network(tmp_path / "shapes/04_student.pt", common.Settings(out=str(tmp_path)), "cpu")
     noise = noise_for(3, range(common.EVALUATION, common.EVALUATION + 5), (3, 16, 16))
     expected = common.euler(student, noise, 1)
-    written = [np.asarray(Image.open(tmp_path / f"shapes/05_student/{i:06d}.png")).transpose(2, 0, 1) for i in range(5)]
+    written = [np.asarray(Image.open(tmp_path / f"shapes/05_student_images/{i:06d}.png")).transpose(2, 0, 1) for i in range(5)]
     assert (np.stack(written) == common.to_uint8(expected).numpy()).mean() > 0.999  # rounding depends on the batch's layout
     torch.manual_seed(0)
     conditional, labels = common.UNet(16, base=8, mult=(1, 2), blocks=1, attn=(8,), classes=3).eval(), torch.tensor([0, 1, 2, 1, 0])
