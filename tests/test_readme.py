@@ -1,6 +1,7 @@
 """The README's commands, code lines and preset table are those of the code."""
 import re
 
+import common
 from conftest import NAMES, ROOT, load_script
 
 README = (ROOT / "README.md").read_text()
@@ -22,3 +23,16 @@ def test_the_main_command_runs_every_script_in_order_and_ci_finds_both():
 
 def test_every_preset_is_described():
     assert re.findall(r"^\| `(\w+)` \| [^|]*\| [\d.]+M", README, re.MULTILINE) == list(load_script("01").PRESETS)
+
+
+def test_every_command_names_a_script_and_settings_that_exist():
+    commands = re.findall(r"(?:python|torchrun [^`\n]*?) ((?:extras/)?\w+\.py)([^`#\n|]*)", README)
+    assert len(commands) > 15
+    numbers = {f"{name}.py": number for number, name in NAMES.items()}
+    for script, arguments in commands:
+        if "03_..." in arguments or script == "conftest.py":
+            continue
+        module = load_script(numbers[script])
+        presets = getattr(module, "PRESETS", dict.fromkeys([module.Config.preset, *load_script("01").PRESETS], {}))
+        words = arguments.replace("&&", "").replace("|| break", "").replace('"', "").split()
+        common.read_settings(module.Config, presets, module.__doc__, words)
