@@ -73,10 +73,14 @@ class Run:
     parents: tuple = ()
 
     @property
+    def label(self):
+        """'04 guidance=0'"""
+        return " ".join([self.stage, *(f"{key}={value}" for key, value in self.settings)])
+
+    @property
     def name(self):
         """'04 guidance=0 of [02 of [01], 03 ...]': all that the run depends on."""
-        words = [self.stage, *(f"{key}={value}" for key, value in self.settings)]
-        return " ".join(words) + (f" of [{', '.join(parent.name for parent in self.parents)}]" if self.parents else "")
+        return self.label + (f" of [{', '.join(parent.name for parent in self.parents)}]" if self.parents else "")
 
     def arguments(self):
         """The settings as on the command line."""
@@ -290,7 +294,7 @@ def make_all(runs, cfg):
         found = make(task, seed, cfg, threads)
         if waiting:
             left = sum(not future.done() for future in list(futures.values())) - 1
-            say(f"{clock(time.time() - began)} | {left} left | {found['seconds']:.0f} s | seed {seed} | {task.name}")
+            say(f"{clock(time.time() - began)} | {left} left | {found['seconds']:.0f} s | seed {seed} | {task.label}")
         return found
 
     pool = concurrent.futures.ThreadPoolExecutor(jobs)

@@ -58,10 +58,10 @@ def networks(cfg):
     def times(n):
         return max(1, round(cfg.scale * n))
 
-    small = dict(mult=(1, 2, 2), blocks=1, attn=(8,), batch=64, precision="auto", log_every=100, save_every=250)
-    teacher = stage("01", data=cfg.data, base=48, lr=1e-3, steps=times(2600), warmup=times(200), cooldown=0.5, ema=0.999, dropout=0.0, **small)
+    small = dict(mult=(1, 2, 4), blocks=1, attn=(8,), batch=64, precision="auto", log_every=100, save_every=250)
+    teacher = stage("01", data=cfg.data, base=32, lr=1e-3, steps=times(1900), warmup=times(200), cooldown=0.5, ema=0.999, dropout=0.0, **small)
     pairs = stage("02", teacher, n_pairs=max(64, times(8192)), sample_steps=16, precision="auto")
-    flow = stage("03", pairs, base=32, lr=2e-3, steps=times(1800), anneal_steps=times(650), warmup=times(100), cooldown=0.5, ema=0.999, **small)
+    flow = stage("03", pairs, base=16, lr=2e-3, steps=times(1500), anneal_steps=times(550), warmup=times(100), cooldown=0.5, ema=0.999, **small)
     distill = dict(distance="l2", pairs_from="teacher", lr=5e-4, steps=times(700), batch=32, cooldown=1.0, ema=0.995, precision="auto",
                    log_every=100, save_every=250)
     sample = dict(png=cfg.n_samples, precision="auto", rounding="round")
@@ -158,7 +158,8 @@ def main(cfg):
     spent = sum(made[task, seed]["seconds"] for task in tasks for seed in range(cfg.seeds))
     lines = [f"{cfg.named}, {cfg.n_samples:,} images of each network; FD-cifar-classifier (accuracy {kept['accuracy']:.1%}), {cfg.seeds} seed(s).", "",
              "| network | FD-cifar-classifier |", "|---|---:|"]
-    lines += [f"| {title} | {statistics.mean(values):.3f}{f' ± {statistics.stdev(values):.3f}' if len(values) > 1 else ''} |" for title, values in rows.items()]
+    lines += [f"| {title} | {statistics.mean(values):.3f}{f' ± {statistics.stdev(values):.3f}' if len(values) > 1 else ''} |"
+              for title, values in rows.items()]
     lines += ["", f"{machine()}, {time.strftime('%Y-%m-%d')}; the commands took {clock(spent)}.", ""]
     facts = [made[task, seed] for task in tasks for seed in range(cfg.seeds)]
     for suffix, text in ((".md", "\n".join(lines)), (".json", json.dumps({"images": cfg.named, "accuracy": kept["accuracy"], "distances": rows,
