@@ -317,12 +317,12 @@ def row_of(results, network, calls):
     return max((row for row in rows if calls in (None, row["calls"])), key=lambda row: row["calls"])
 
 
-def values_of(grid, runs):
-    """{(variant, column): [distance for each seed]} from the .json's list of runs."""
+def values_of(grid, measured):
+    """{(variant, column): [distance for each seed]} from the list of measurements in the .json."""
     found = {}
-    for entry in sorted(runs, key=lambda entry: entry["seed"]):
+    for entry in sorted(measured, key=lambda entry: entry["seed"]):
         for column, (network, calls) in grid.columns.items():
-            found.setdefault((tuple(entry["variant"]), column), []).append(row_of(entry["measured"], network, calls)["distance"])
+            found.setdefault((tuple(entry["variant"]), column), []).append(row_of(entry["results"], network, calls)["distance"])
     return found
 
 
@@ -336,16 +336,16 @@ def verdict(mean, half):
     return "shown" if mean - half > 0 else "opposite" if mean + half < 0 else "not shown"
 
 
-def table(grid, runs, values):
-    """The lines of <grid>.md."""
-    n = len({entry["seed"] for entry in runs})
+def table(grid, measured, made, values):
+    """The lines of <grid>.md, from the two lists in the .json."""
+    n = len({entry["seed"] for entry in measured})
     lines = [f"**{grid.title}**: FD-shapes, mean ± standard deviation of {n} seeds.", "",
              f"| variant | {' | '.join([*grid.columns, *grid.facts.values()])} |", f"|---|{'---:|' * len((*grid.columns, *grid.facts))}"]
-    classifiers = {result["protocol"].get("classifier") for entry in runs for result in entry["measured"]}
+    classifiers = {result["protocol"].get("classifier") for entry in measured for result in entry["results"]}
     require(len(classifiers) == 1, f"the runs were measured with different feature networks ({classifiers}), and cannot be compared")
     for variant in grid.variants:
         cells = [f"{statistics.mean(v):.3f} ± {statistics.stdev(v):.3f}" for v in (values[variant, c] for c in grid.columns)]
-        entries = [entry["measured"] for entry in runs if tuple(entry["variant"]) == variant]
+        entries = [entry["results"] for entry in measured if tuple(entry["variant"]) == variant]
         for fact in grid.facts:
             rows = [[row[fact] for column in grid.columns.values() for row in [row_of(e, *column)] if row[fact] is not None][0] for e in entries]
             mean = statistics.mean(rows)
@@ -359,10 +359,11 @@ def table(grid, runs, values):
             mean, half = interval([sum(sign * value for (sign, *_), value in zip(terms, one))
                                    for one in zip(*(values[variant, column] for _, variant, column in terms))])
             lines.append(f"| {text} | {mean:+.3f} ({mean - half:+.3f} to {mean + half:+.3f}) | {verdict(mean, half)} |")
-    spent = {run["run"] + str(run["seed"]): run["seconds"] for entry in runs for run in entry["made"]}
-    where = ", ".join(sorted({f"{run['machine']}, {run['date']}" for entry in runs for run in entry["made"]}))
-    versions = ", ".join(sorted({run["commit"] for entry in runs for run in entry["made"]}))
-    return [*lines, "", f"{where}; commit {versions}; the commands took {clock(sum(spent.values()))} hours in all, several at a time.", ""]
+    where, versions = ({one[key] for one in made} for key in ("machine", "commit"))
+    dates = sorted({one["date"] for one in made})
+    spent = clock(sum(one["seconds"] for one in made))
+    return [*lines, "", f"{', '.join(sorted(where))}; {' to '.join(dict.fromkeys([dates[0], dates[-1]]))}; commit {', '.join(sorted(versions))}; "
+            f"the {len(made)} commands took {spent} hours, several at a time.", ""]
 
 
 def plot(path, grid, values):
@@ -425,22 +426,18 @@ def main(cfg):
         grid, path = GRIDS[name](), results / f"{name}.json"
         if not cfg.tables_only:
             made = make_all([task for tasks in grid.variants.values() for task in tasks], cfg)
-            runs = []
-            for variant, tasks in grid.variants.items():
-                for seed in range(cfg.seeds):
-                    everything = dict.fromkeys(found for task in tasks for found in ancestors(task))
-                    facts = [{key: made[task, seed][key] for key in ("run", "command", "seed", "commit", "machine", "date", "seconds")}
-                             for task in everything]
-                    measures = [{key: made[task, seed][key] for key in ("protocol", "rows")} for task in tasks]
-                    runs.append({"variant": variant, "seed": seed, "made": facts, "measured": measures})
+            measured = [{"variant": variant, "seed": seed, "results": [{key: made[task, seed][key] for key in ("protocol", "rows")} for task in tasks]}
+                        for variant, tasks in grid.variants.items() for seed in range(cfg.seeds)]
+            facts = ("run", "command", "seed", "commit", "machine", "date", "seconds")
+            commands = [{key: found[key] for key in facts} for found in made.values()]
             with writing(path) as file:
-                file.write(json.dumps({"grid": name, "runs": runs}, indent=1).encode())
+                file.write(json.dumps({"grid": name, "measured": measured, "made": commands}, indent=1).encode())
 
         # 2. The table, with a verdict for every claim, and the plot.
         require(path.exists(), f"{path} is missing; make it without --tables_only")
-        runs = json.loads(path.read_text())["runs"]
-        values = values_of(grid, runs)
-        lines = table(grid, runs, values)
+        saved = json.loads(path.read_text())
+        values = values_of(grid, saved["measured"])
+        lines = table(grid, saved["measured"], saved["made"], values)
         with writing(results / f"{name}.md") as file:
             file.write("\n".join(lines).encode())
         plot(results / f"{name}.png", grid, values)

@@ -57,8 +57,10 @@ def test_bare_layers_are_those_of_the_network():
 
 def entry(variant, seed, distance):
     rows = [dict(network="student", calls=1, distance=distance, parameters=10), dict(network="student", calls=2, distance=99.0, parameters=10)]
-    facts = dict(run="04", command="04", seed=seed, commit="abc", machine="a machine", date="2026-01-01", seconds=30)
-    return {"variant": variant, "seed": seed, "made": [facts], "measured": [{"protocol": {"classifier": "c"}, "rows": rows}]}
+    return {"variant": variant, "seed": seed, "results": [{"protocol": {"classifier": "c"}, "rows": rows}]}
+
+
+MADE = [dict(run="04", command="04", seed=seed, commit="abc", machine="a machine", date="2026-01-01", seconds=30) for seed in range(3)]
 
 
 @pytest.mark.parametrize("gains, expected", [((0.3, 0.4, 0.5), "shown"), ((0.4, -0.5, 0.3), "not shown"), ((-0.3, -0.4, -0.5), "opposite")])
@@ -68,9 +70,9 @@ def test_a_verdict_needs_an_interval_on_one_side_of_zero(tmp_path, gains, expect
     grid = ablations.Grid("Title", "x", {("", "a"): (), ("", "b"): ()}, {"student": ("student", 1)},
                           {"b is better": ablations.lower(("", "b"), ("", "a"), "student")}, {"parameters": "parameters"})
     values = ablations.values_of(grid, runs)
-    text = "\n".join(ablations.table(grid, runs, values))
+    text = "\n".join(ablations.table(grid, runs, MADE, values))
     mean = sum(gains) / 3
-    assert "| a | 3.000 ± 1.000 | 10 |" in text and "0:01:30 hours" in text
+    assert "| a | 3.000 ± 1.000 | 10 |" in text and "3 commands took 0:01:30 hours" in text
     assert re.search(rf"\| b is better \| {mean:+.3f} \(.* to .*\) \| {expected} \|".replace("+0", r"\+0"), text)
     ablations.plot(tmp_path / "plot.png", grid, values)
     assert Image.open(tmp_path / "plot.png").size == (820, 470)
@@ -91,10 +93,10 @@ def test_the_extras_can_be_started_as_they_are(name):
 def test_measurements_with_different_feature_networks_are_not_compared():
     ablations = load_script("ablations")
     runs = [entry(("", "a"), seed, 1.0) for seed in range(2)]
-    runs[1]["measured"][0]["protocol"] = {"classifier": "another"}
+    runs[1]["results"][0]["protocol"] = {"classifier": "another"}
     grid = ablations.Grid("Title", "x", {("", "a"): ()}, {"student": ("student", 1)})
     with pytest.raises(common.UserError, match="different feature networks"):
-        ablations.table(grid, runs, ablations.values_of(grid, runs))
+        ablations.table(grid, runs, MADE, ablations.values_of(grid, runs))
 
 
 def test_a_straight_path_has_no_deviation_and_a_bent_one_has():
@@ -160,4 +162,4 @@ def test_runs_that_are_done_are_not_made_again_and_parents_come_first(tmp_path, 
     ablations.main(cfg)
     assert len(ran) == before + 2 * 12 and {seed for number, seed in ran if number == "05"} == {"0"}
     saved = json.loads((tmp_path / "results/distillation.json").read_text())
-    assert len(saved["runs"]) == 12 and len(saved["runs"][0]["made"]) == 5
+    assert len(saved["measured"]) == 12 and len(saved["made"]) == 2 * (3 + 6 + 6)
