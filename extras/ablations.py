@@ -404,7 +404,8 @@ def plot(path, grid, values):
                 mean, spread = statistics.mean(numbers), statistics.stdev(numbers)
                 draw.line([at(place, max(mean - spread, 10**low), line), at(place, mean + spread, line)], fill=colour, width=2)
                 means.append(at(place, mean, line))
-        draw.line(means, fill=colour, width=2)
+        if all(place.isdigit() for place in places):  # a line only where the places have an order
+            draw.line(means, fill=colour, width=2)
         for x, y in means:
             draw.rectangle([x - 4, y - 4, x + 4, y + 4], fill=colour)
         x, y = left + 240 * (line % 3), bottom + 50 + 20 * (line // 3)
