@@ -383,7 +383,7 @@ def plot(path, grid, values):
 
     draw.text((left, 10), grid.title, fill=ink, font=ImageFont.load_default(15))
     draw.text((8, top - 18), "FD-shapes", fill=ink, font=font)
-    steps = (1, 2, 5) if high - low > 1 else (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)
+    steps = (1, 2, 5) if high - low > 1 else (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8) if high - low > 0.3 else [n / 10 for n in range(10, 100, 2)]
     for value in (step * 10**power for power in range(-3, 4) for step in steps):
         if low <= math.log10(value) <= high:
             y = at(places[0], value)[1]

@@ -158,10 +158,9 @@ def test_fid_of_two_sets_without_networks(inception_file, tmp_path):
     kept = [torch.load(p, weights_only=True) for p in sorted((tmp_path / "shapes").glob("05_reference_*.pt"))]
     reference, = [k for k in kept if "(5, 3, 16, 16)" in k["made_from"] or "[5, 3, 16, 16]" in k["made_from"]]
     np.savez(tmp_path / "statistics.npz", mu=reference["mu"].numpy(), sigma=reference["sigma"].numpy())
-    again = measured(tmp_path / "a.zip", tmp_path / "statistics.npz")
-    assert again["rows"] == other["rows"] and again["protocol"]["n_reference"] is None and again["protocol"]["reference_sha256"]
-    assert measured(tmp_path / "a.zip", tmp_path / "b.zip", "--feature_batch=2")["rows"][0]["distance"] == pytest.approx(
-        other["rows"][0]["distance"], rel=1e-4)
+    again = measured(tmp_path / "a.zip", tmp_path / "statistics.npz", "--feature_batch=2")
+    assert again["rows"][0]["distance"] == pytest.approx(other["rows"][0]["distance"], rel=1e-4)
+    assert again["protocol"]["n_reference"] is None and again["protocol"]["reference_sha256"]
 
     for more, message in (([], "6 images are fewer than the 2048 features"), (["--reference="], "--images needs --reference"),
                           ([f"--reference={tmp_path / 'small.zip'}", "--allow_few"], "bring them to one size")):

@@ -20,7 +20,7 @@ from test_pipeline import arguments, call, refused
 
 
 def test_every_flipped_bit_and_every_truncation_is_noticed(finished, tmp_path):
-    """1,000 flips and 100 truncations of each kind of artifact: teacher, pairs, state, row of 05's table, its reference."""
+    """150 flips and 50 truncations of each kind of artifact: teacher, pairs, state, row of 05's table, its reference."""
     rng, counts = random.Random(0), {}
     kinds = ["01_teacher.pt", "02_pairs.pt", "03_reflow.pt", "04_student.pt", "01_state.pt",
              next((finished / "shapes").glob("05_row_*")).name, next((finished / "shapes").glob("05_reference_*")).name]
@@ -29,15 +29,15 @@ def test_every_flipped_bit_and_every_truncation_is_noticed(finished, tmp_path):
         path.write_bytes(good)
         assert common.read(path)
         counts[name] = 0
-        for i in range(1100):
-            bad = bytearray(good[:rng.randrange(len(good))] if i >= 1000 else good)
-            if i < 1000:
+        for i in range(200):
+            bad = bytearray(good[:rng.randrange(len(good))] if i >= 150 else good)
+            if i < 150:
                 bad[rng.randrange(len(bad))] ^= 1 << rng.randrange(8)
             path.write_bytes(bad)
             with pytest.raises(ValueError):
                 common.read(path)
             counts[name] += 1
-    assert set(counts.values()) == {1100}, counts
+    assert set(counts.values()) == {200}, counts
 
 
 def test_a_damaged_state_is_named_and_the_one_before_it_used(tmp_path, capsys):
@@ -100,7 +100,7 @@ def test_a_disk_that_fills_up_in_a_save_leaves_the_state_and_the_run_continues(t
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_end_the_run_after_the_step_and_the_same_command_continues(tmp_path, number):
     flags = arguments("01", tmp_path, steps=100_000, save_every=50_000, log_every=10, sample_steps=1, cooldown=0)
-    run = subprocess.Popen([sys.executable, str(ROOT / "01_train_teacher.py"), *flags], text=True, stdout=subprocess.PIPE,
+    run = subprocess.Popen([sys.executable, str(ROOT / "tests/run_stages.py"), "01", *flags], text=True, stdout=subprocess.PIPE,
                            stderr=subprocess.PIPE)
     for line in run.stdout:
         if "| step " in line:
