@@ -15,6 +15,7 @@ Takes   2 CPU cores (AMD EPYC, torch 2.13, bf16): see the time in each table; a 
 """
 import concurrent.futures
 import hashlib
+import importlib
 import importlib.metadata
 import json
 import math
@@ -33,7 +34,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from common import Settings, check_ranges, clock, require, run, say, writing
+from common import Settings, best_precision, check_ranges, clock, load_network, require, run, say, start, writing
+
+evaluation = importlib.import_module("05_eval_fid")
 
 SCRIPTS = {script[:2]: script for script in ("01_train_teacher.py", "02_generate_pairs.py", "03_annealing_reflow.py",
                                              "04_flow_guided_distill.py", "05_eval_fid.py")}
@@ -194,7 +197,7 @@ def size_grid():
     claims = {f"base {large} is better than base {small}": lower(("", f"base {large}"), ("", f"base {small}"), "student")
               for small, large in ((8, 16), (16, 24))}
     return Grid("Size of the student", "channels of its first level", variants, {"student": ("student", 1), "flow, 8 calls": FLOW["8 calls"]},
-                claims, {"parameters": "parameters", "macs": "MACs", "ms_one": "ms per image (one thread, beside other runs)",
+                claims, {"parameters": "parameters", "macs": "MACs", "ms_one": "ms per image, one by one",
                          "straightness": "straightness of the flow"})
 
 
@@ -415,13 +418,23 @@ def plot(path, grid, values):
         canvas.save(file, "PNG")
 
 
+def time_students(grid, measured, cfg, device):
+    """Puts the time of the students' one call for one image into their rows. What 05 took was disturbed by the runs beside it."""
+    for entry in measured:
+        for task in grid.variants[entry["variant"]]:
+            path = task.folder(cfg, entry["seed"]) / cfg.preset / MADE["04"]
+            if path.exists():
+                net, precision = load_network(path, cfg, device)[0], best_precision(device)
+                row_of(entry["results"], "student", 1)["ms_one"] = 1000 * evaluation.seconds_per_call(net, 1, precision)
+
+
 def ancestors(task):
     """The run itself, and all that it was made from."""
     return [task, *(found for parent in task.parents for found in ancestors(parent))]
 
 
 def main(cfg):
-    results = Path(cfg.results)
+    device, results = start(cfg, "ablations"), Path(cfg.results)
     for name in GRIDS if cfg.grid == "all" else [cfg.grid]:
         # 1. The runs.
         grid, path = GRIDS[name](), results / f"{name}.json"
@@ -429,6 +442,8 @@ def main(cfg):
             made = make_all([task for tasks in grid.variants.values() for task in tasks], cfg)
             measured = [{"variant": variant, "seed": seed, "results": [{key: made[task, seed][key] for key in ("protocol", "rows")} for task in tasks]}
                         for variant, tasks in grid.variants.items() for seed in range(cfg.seeds)]
+            if "ms_one" in grid.facts:
+                time_students(grid, measured, cfg, device)
             facts = ("run", "command", "seed", "commit", "machine", "date", "seconds")
             commands = [{key: found[key] for key in facts} for found in made.values()]
             with writing(path) as file:
