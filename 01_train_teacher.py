@@ -5,9 +5,9 @@ an image and, independently, a noise; walk along the straight line between them;
 
     x_t = t x + (1 - t) z        L = E || v(x_t, t) - (x - z) ||^2        t ~ U[EPS, 1]
 
-Where lines cross, v learns their average, so the flow's own paths are curved: this teacher needs many Euler steps. The
-later stages are about making them straight, in a smaller network. (The 1 counts trainings: a 2-rectified flow is trained
-once more, on noises and images that a 1-rectified flow has paired.)
+Every image is met with many noises, so many lines pass through one x_t in different directions. The network can only learn
+their average, and following that average bends the path: this teacher needs many Euler steps. The later stages make the paths
+straight, in a smaller network. (A 2-rectified flow is one that learned from the noise-image pairs of a 1-rectified flow.)
 
 Reads   images: --data shapes (drawn by the program), cifar10 (downloaded), or the path of a folder or zip
 Writes  out/<preset>/01_teacher.pt, 01_samples.png, 01_loss.png; 01_state.pt, from which a run continues
@@ -44,11 +44,11 @@ class Config(Settings):
     batch: int = 64  # images per step. ours; paper: 128
     lr: float = 8e-3  # Adam's learning rate. ours; paper: 2e-4
     warmup: int = 100  # steps in which lr rises from 0. ours; paper: 5000
-    cooldown: float = 0.6  # the last part of all steps, in which lr falls to 0. ours; official code: none
+    cooldown: float = 0.6  # fraction of the steps, at the end, over which lr falls to 0. ours; official code: none
     ema: float = 0.999  # decay of the weights' moving average. ours; paper: 0.999999
     clip: float = 1.0  # largest gradient norm. paper: 1
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # of convolutions and products; auto: bf16 where the hardware has it
-    compile: bool = False  # torch.compile: takes minutes once, and pays on no CPU; for days on a GPU
+    compile: bool = False  # torch.compile: a minute or more at the start; no gain on the CPUs that were tried
     accumulate: int = 1  # parts of a batch that are computed one after another: less memory, the same result
     log_every: int = 100  # steps between log lines
     save_every: int = 200  # steps between saved training states, from which a run that was broken off continues
@@ -60,7 +60,7 @@ class Config(Settings):
                      log_every=(1, None), save_every=(1, None), sample_steps=(1, None))
 
 
-# The paper's recipe. Its teacher was a published 1-rectified flow; 800,000 steps are ours, after its stage 03.
+# The paper's recipe, but for the steps: its teachers were published networks; ours trains as long as the paper's stage 03.
 PAPER = dict(image_size=32, base=128, mult=(1, 2, 2, 2), blocks=4, attn=(16,), dropout=0.15, steps=800_000, batch=128, lr=2e-4,
              warmup=5000, cooldown=0.0, ema=0.999999, log_every=1000, save_every=5000, sample_steps=100)
 

@@ -1,8 +1,9 @@
 """Stage 03: annealing reflow. A small network, from scratch, learns a straight flow from the teacher's pairs.
 
-Training a rectified flow on pairs that belong together makes its paths straight ("reflow", a 2-rectified flow). Usually it
-starts from the teacher's weights; a smaller student cannot. Starting from random weights on fixed pairs is hard, so the
-student begins with an easier problem, and it is changed little by little into the right one. The noise of each pair is
+The paths of a flow never cross. So the straight lines between the ends of its paths, the teacher's pairs, cross far less than
+those between random noises and images did; there is less to average, and what is learned from them is nearly straight: "reflow",
+a 2-rectified flow. Usually it starts from the teacher's weights; a smaller network cannot. From random weights fixed pairs are
+hard, so it begins with an easier problem that is changed little by little into the right one. The noise of each pair is
 
     z_beta = sqrt(1 - beta^2) z + beta z'        z' fresh noise at every step; z_beta is N(0, I) for any beta
     L = E || v(x_t, t) - (x - z_beta) ||^2       x_t = t x + (1 - t) z_beta                              (paper, Eq. 9)
@@ -42,11 +43,11 @@ class Config(Settings):
     batch: int = 64  # pairs per step. ours; paper: 128
     lr: float = 8e-3  # Adam's learning rate. ours; paper: 2e-4
     warmup: int = 100  # steps in which lr rises from 0. ours; paper: 5000
-    cooldown: float = 0.6  # the last part of all steps, in which lr falls to 0. ours; official code: none
+    cooldown: float = 0.6  # fraction of the steps, at the end, over which lr falls to 0. ours; official code: none
     ema: float = 0.999  # decay of the weights' moving average. ours; paper: 0.999999
     clip: float = 1.0  # largest gradient norm. paper: 1
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # of convolutions and products; auto: bf16 where the hardware has it
-    compile: bool = False  # torch.compile: takes minutes once, and pays on no CPU; for days on a GPU
+    compile: bool = False  # torch.compile: a minute or more at the start; no gain on the CPUs that were tried
     accumulate: int = 1  # parts of a batch that are computed one after another: less memory, the same result
     log_every: int = 100  # steps between log lines
     save_every: int = 200  # steps between saved training states, from which a run that was broken off continues
@@ -109,10 +110,10 @@ def main(cfg):
     require(cfg.batch <= n, f"--batch {cfg.batch} is larger than the data: {path} has {n} pairs")
     say(f"pairs | {n} of {image_size}x{image_size} from {path}")
 
-    # 2. The small network, from scratch.
+    # 2. The small network, from scratch: what stage 04 makes a student of.
     net = UNet(image_size, 3, cfg.base, cfg.mult, cfg.blocks, cfg.attn, classes, cfg.dropout)
     net = on_device(net, device, cfg.precision)
-    say(f"student | {count_parameters(net):,} parameters")
+    say(f"small network | {count_parameters(net):,} parameters")
 
     # 3. Training, while beta falls.
     def loss_at(net, step, part):

@@ -1,14 +1,14 @@
 """Stage 04: flow-guided distillation. The 2-rectified flow becomes a network that needs one call.
 
-The student v' starts from stage 03's flow v, and learns to jump from z to the flow's end in one step, by two losses:
+The student v' starts as a copy of stage 03's flow v, and learns to jump from z to the image in one step, by two losses:
 
     L_distill = E D( z + v'(z, EPS), x )                  on pairs (z, x)                           (paper, Eq. 8)
     L_2step   = E D( z + v'(z, EPS), target )             on fresh noise z at every step            (paper, Eqs. 11-13)
                 x_t = z + t v'(z, EPS),  target = x_t + (1 - t) v(x_t, t),  t ~ U[0.2, 0.8],  no gradient
 
-Pairs are exact, but expensive and therefore few. A two-step path costs one call more than the student's own, and there is
-one for every noise: the flow guides the student between the pairs. D is a distance of images: squared L2, pseudo-Huber, or
-LPIPS, which compares what a network trained on ImageNet sees in them.
+A pair's image took many calls of a network, so pairs are few. A two-step path takes one call more than the student's own, so
+every step can have fresh noise: the flow guides the student where there are no pairs. D is a distance of images: squared L2,
+pseudo-Huber, or LPIPS, which compares what a network trained on ImageNet sees in them.
 
 Reads   out/<preset>/03_reflow.pt; 02_pairs.pt with --pairs_from teacher; VGG's and LPIPS' weights with --distance lpips
 Writes  out/<preset>/04_student.pt, 04_samples.png, 04_loss.png; 04_state.pt, from which a run continues; 04_pairs.pt with
@@ -56,11 +56,11 @@ class Config(Settings):
     batch: int = 32  # pairs per step, and as many fresh noises. ours; paper: 128
     lr: float = 1.5e-3  # Adam's learning rate. ours; paper: 2e-4
     warmup: int = 0  # steps in which lr rises from 0; official code: none, because the weights are trained already
-    cooldown: float = 1.0  # the last part of all steps, in which lr falls to 0. ours; official code: none
+    cooldown: float = 1.0  # fraction of the steps, at the end, over which lr falls to 0. ours; official code: none
     ema: float = 0.995  # decay of the weights' moving average. ours; paper: 0.999999
     clip: float = 1.0  # largest gradient norm. paper: 1
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # of convolutions and products; auto: bf16 where the hardware has it
-    compile: bool = False  # torch.compile: takes minutes once, and pays on no CPU; for days on a GPU
+    compile: bool = False  # torch.compile: a minute or more at the start; no gain on the CPUs that were tried
     accumulate: int = 1  # parts of a batch that are computed one after another: less memory, the same result
     log_every: int = 100  # steps between log lines
     save_every: int = 200  # steps between saved training states, from which a run that was broken off continues

@@ -1,4 +1,4 @@
-"""Stage 05: compare real images, teacher, 2-rectified flow and one-call student, made from the same noise.
+"""Stage 05: how far are the images of teacher, 2-rectified flow and one-call student, made from the same noise, from real ones?
 
 A distance compares two sets of images by the features that a fixed network F finds in them. Each set becomes a Gaussian
 (mean m, covariance S of its features), and the two Gaussians are compared (Frechet distance; Heusel et al. 2017):
@@ -77,6 +77,8 @@ class Config(Settings):
                      feature_batch=(1, None), feature_steps=(1, None), memory_gb=(0, None))
         require(not self.images or not (self.png or self.export), "--png and --export are for networks, and --images has none")
         require(not self.export or self.only in ("all", "student"), f"--export writes the student, and --only {self.only} leaves it out")
+        if self.export and not self.png:
+            self.only = "student"
 
 
 # paper, but for the Euler steps (RK45 there)
@@ -519,21 +521,22 @@ def main(cfg):
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # a distance is float32 on every GPU
 
     # 1. What is measured: networks, which must belong together, or the given images.
-    networks = []  # (name, network, artifact, steps)
+    loaded = []  # (key, name, network, artifact, steps)
     for key, file, name, steps in (("teacher", "01_teacher.pt", "teacher", cfg.teacher_steps),
                                    ("flow", "03_reflow.pt", "2-rectified flow", cfg.flow_steps),
                                    ("student", "04_student.pt", "student", cfg.student_steps)):
         if not cfg.images and cfg.only in ("all", key):
-            net, artifact = load_network(out / file, cfg, device, cfg.precision)
-            networks += [(name, net, artifact, n) for n in dict.fromkeys([steps, 1])]
-            require_same_kind(networks[0][0], networks[0][1].args, out / file, net.args)
-            if cfg.png:
-                write_images(cfg, key, net, artifact, steps)
-            if cfg.export and key == "student":
-                export(out / "05_student.pt2", net, artifact, steps)
-                say(f"wrote {out}/05_student.pt2 | use: images = torch.export.load(PATH).module()(noise{', labels' * bool(net.label)})")
+            loaded.append((key, name, *load_network(out / file, cfg, device, cfg.precision), steps))
+            require_same_kind(loaded[0][1], loaded[0][2].args, out / file, loaded[-1][2].args)
+    for key, _, net, artifact, steps in loaded:
+        if cfg.png:
+            write_images(cfg, key, net, artifact, steps)
+        if cfg.export and key == "student":
+            export(out / "05_student.pt2", net, artifact, steps)
+            say(f"wrote {out}/05_student.pt2 | use: images = torch.export.load(PATH).module()(noise{', labels' * bool(net.label)})")
     if cfg.png or cfg.export:
         return
+    networks = [(name, net, artifact, n) for _, name, net, artifact, steps in loaded for n in dict.fromkeys([steps, 1])]
     given = read_set(cfg.images, None, cfg) if cfg.images else None
 
     # 2. What it is compared with: images, or their statistics.

@@ -1,6 +1,6 @@
 """What two or more of the five scripts share: notation, settings, files, data, the U-Net, Euler, EMA, the training loop.
 
-Notation (every script uses these names, and only these):
+Notation, the same in every script:
 
     z        noise      N(0, I), shape (B, 3, H, W); a function of (seed, index), see noise_for
     x        data       image in [-1, 1], real or made by a teacher, shape (B, 3, H, W)
@@ -943,7 +943,8 @@ def on_device(net, device, precision):
 def euler(net, noise, steps, labels=None):
     """Follows the flow from noise (B, C, H, W) to an image in about [-1, 1]: exactly `steps` calls of the network.
 
-    One step is noise + v(noise, EPS).
+    One step is noise + v(noise, EPS). Times begin at EPS, where training begins, and the N steps of 1/N still add up to 1
+    (official code).
     """
     x = noise
     for i in range(steps):

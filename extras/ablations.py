@@ -5,7 +5,8 @@
     python extras/ablations.py --grid distillation --tables_only # its table and plot again, from its .json
 
 Nothing is trained here. A run is one command of a stage, in a folder of its own to which the artifacts of earlier runs are
-linked. Runs that grids share are made once, and runs that are done are not made again, so the same command continues.
+linked. Runs that grids share are made once, and runs that are done are not made again, so the same command continues. (A run is
+known by all its settings and those of the runs before it. Code that changes makes no new run: the tables name the commits.)
 Variants are compared seed by seed: those with the same seed share what the grid does not vary, such as the teacher and its
 pairs. All networks are measured with the same noise and the same feature network (05 with --seed 0).
 
@@ -14,6 +15,7 @@ Writes  extras/results/<grid>.json (all runs), <grid>.md (mean, standard deviati
 Takes   2 CPU cores (AMD EPYC, torch 2.13, bf16): see the time in each table; a teacher and its pairs 2 minutes for each seed
 """
 import concurrent.futures
+import functools
 import hashlib
 import importlib
 import importlib.metadata
@@ -34,12 +36,11 @@ from PIL import Image, ImageDraw, ImageFont
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from common import Settings, best_precision, check_ranges, clock, load_network, require, run, say, start, writing
+from common import (Settings, UserError, best_precision, check_ranges, clock, load_network, read_settings, require, run, say, start,
+                    writing)
 
-evaluation = importlib.import_module("05_eval_fid")
-
-SCRIPTS = {script[:2]: script for script in ("01_train_teacher.py", "02_generate_pairs.py", "03_annealing_reflow.py",
-                                             "04_flow_guided_distill.py", "05_eval_fid.py")}
+STAGES = {name[:2]: importlib.import_module(name) for name in ("01_train_teacher", "02_generate_pairs", "03_annealing_reflow",
+                                                               "04_flow_guided_distill", "05_eval_fid")}
 MADE = {"01": "01_teacher.pt", "02": "02_pairs.pt", "03": "03_reflow.pt", "04": "04_student.pt"}
 T_QUANTILE = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}  # Student's t, 97.5 %, of n values
 
@@ -53,7 +54,7 @@ def refuse_what_runs_do_not_use(cfg):
 @dataclass
 class Config(Settings):
     preset: Literal["shapes"] = "shapes"  # the grids' budgets are made for it
-    grid: Literal["all", "calls", "distillation", "pairs", "reflow", "steps", "size", "precision"] = "all"  # which
+    grid: Literal["all", "calls", "distillation", "pairs", "reflow", "scarce", "steps", "size", "precision"] = "all"  # which
     seeds: int = 5  # runs of each variant, with seeds 0, 1, ...
     jobs: int = 0  # runs at a time; 0: one for each CPU core, or one on a GPU
     results: str = str(ROOT / "extras" / "results")  # folder of the tables and plots
@@ -82,7 +83,7 @@ class Run:
 
     @property
     def name(self):
-        """'04 guidance=0 of [02 of [01], 03 ...]': all that the run depends on."""
+        """'04 guidance=0 of [02 of [01], 03 ...]'"""
         return self.label + (f" of [{', '.join(parent.name for parent in self.parents)}]" if self.parents else "")
 
     def arguments(self):
@@ -90,8 +91,16 @@ class Run:
         return [word for key, value in self.settings for word in
                 ([f"--{'' if value else 'no-'}{key}"] if isinstance(value, bool) else [f"--{key}", str(value)])]
 
+    @functools.cache
+    def depends_on(self, preset):
+        """Text of all that the result depends on, but for the seed: every setting, the preset's too, of this run and its parents."""
+        script = STAGES[self.stage]
+        settings = read_settings(script.Config, script.PRESETS, script.__doc__, ["--preset", preset, *self.arguments()])
+        return "\n".join([self.stage, str(settings), *(parent.depends_on(preset) for parent in self.parents)])
+
     def folder(self, cfg, seed):
-        return Path(cfg.out, cfg.runs, f"{self.stage}-{hashlib.sha256(self.name.encode()).hexdigest()[:10]}-seed{seed}")
+        digest = hashlib.sha256(self.depends_on(cfg.preset).encode()).hexdigest()[:10]
+        return Path(cfg.out, cfg.runs, f"{self.stage}-{digest}-seed{seed}")
 
 
 @dataclass
@@ -108,7 +117,7 @@ def stage(number, *parents, **settings):
     return Run(number, tuple(settings.items()), parents)
 
 
-def measured(trained, **settings):
+def evaluated(trained, **settings):
     """05 for the network that a run trained."""
     only = {"01": "teacher", "03": "flow", "04": "student"}[trained.stage]
     return (stage("05", trained, only=only, reference="shapes", **settings),)
@@ -137,8 +146,8 @@ def distilled(flow=None, pairs=TEACHERS_PAIRS, **settings):
 
 def reflow_grid():
     """Paper, Tables 3 and 4."""
-    made = {"neither": dict(schedule="fixed", flip=False), "flip only": dict(schedule="fixed"), "annealing only": dict(flip=False),
-            "both (linear)": {}, "cosine": dict(schedule="cosine"), "exponential": dict(schedule="exponential")}
+    variants = {"neither": dict(schedule="fixed", flip=False), "flip only": dict(schedule="fixed"), "annealing only": dict(flip=False),
+                "both (linear)": {}, "cosine": dict(schedule="cosine"), "exponential": dict(schedule="exponential")}
     claims = {f"{what}, {column}": lower(("", better), ("", worse), column) for column in FLOW for what, better, worse in (
         ("annealing helps (with flips)", "both (linear)", "flip only"),
         ("annealing helps (without flips)", "annealing only", "neither"),
@@ -147,14 +156,28 @@ def reflow_grid():
         ("linear is better than cosine", "both (linear)", "cosine"),
         ("linear is better than exponential", "both (linear)", "exponential"))}
     return Grid(f"Annealing reflow, {REFLOW['steps']} steps", "variant of stage 03; cosine and exponential have flips too",
-                {("", name): measured(reflow_of(**settings)) for name, settings in made.items()}, FLOW, claims)
+                {("", name): evaluated(reflow_of(**settings)) for name, settings in variants.items()}, FLOW, claims)
+
+
+def scarce_grid():
+    """Paper, Table 3, where few pairs are passed over often: 500 and 125 times. (Paper: 2,000 times; the grid `reflow`: 16 times.)"""
+    settings = {"neither": dict(schedule="fixed", flip=False), "flip only": dict(schedule="fixed"), "annealing only": dict(flip=False),
+                "both": {}}
+    counts = ("64", "256")
+    variants = {(name, n): evaluated(reflow_of(stage("02", TEACHER, n_pairs=int(n)), **more)) for n in counts for name, more in settings.items()}
+    claims = {f"{what}, {n} pairs, {column}": lower((better, n), (worse, n), column) for n in counts for column in FLOW
+              for what, better, worse in (("annealing helps (with flips)", "both", "flip only"),
+                                          ("annealing helps (without flips)", "annealing only", "neither"),
+                                          ("flips help (with annealing)", "both", "annealing only"),
+                                          ("flips help (without annealing)", "flip only", "neither"))}
+    return Grid(f"Annealing reflow with few pairs, {REFLOW['steps']} steps", "pairs", variants, FLOW, claims)
 
 
 def steps_grid():
     variants = {}
     for steps in (125, 250, 500, 1000):
         for name, settings in (("annealing", dict(anneal_steps=round(0.36 * steps))), ("no annealing", dict(schedule="fixed"))):
-            variants[name, str(steps)] = measured(reflow_of(**{"steps": steps, **settings}))
+            variants[name, str(steps)] = evaluated(reflow_of(**{"steps": steps, **settings}))
     claims = {f"annealing helps at {x} steps, {column}": lower(("annealing", x), ("no annealing", x), column)
               for name, x in variants if name == "annealing" for column in FLOW}
     return Grid("Annealing reflow by training steps (each point is a training of its own)", "training steps of stage 03",
@@ -163,15 +186,15 @@ def steps_grid():
 
 def distillation_grid():
     """Paper, Table 5."""
-    made = {"scratch": dict(start_from="scratch"), "teacher's pairs": {}, "own pairs": dict(pairs_from="flow")}
-    variants = {(name, what): measured(distilled(**settings, **({} if name == "guided" else {"guidance": 0})))
-                for what, settings in made.items() for name in ("pairs only", "guided")}
-    claims = {f"guidance helps: {what}": lower(("guided", what), ("pairs only", what), "student") for what in made}
+    made_of = {"scratch": dict(start_from="scratch"), "teacher's pairs": {}, "own pairs": dict(pairs_from="flow")}
+    variants = {(name, what): evaluated(distilled(**settings, **({} if name == "guided" else {"guidance": 0})))
+                for what, settings in made_of.items() for name in ("pairs only", "guided")}
+    claims = {f"guidance helps: {what}": lower(("guided", what), ("pairs only", what), "student") for what in made_of}
     claims |= {f"starting from the 2-rectified flow helps: {name}": lower((name, "teacher's pairs"), (name, "scratch"), "student")
                for name in ("pairs only", "guided")}
     claims |= {f"the flow's own pairs are better than the teacher's: {name}":
                lower((name, "own pairs"), (name, "teacher's pairs"), "student") for name in ("pairs only", "guided")}
-    return Grid(f"Distillation, {DISTILL['steps']} steps each", "variant of stage 04; 'scratch' has the teacher's pairs", variants,
+    return Grid(f"Distillation, {DISTILL['steps']} steps each (a guided step takes about twice as long)", "variant of stage 04; 'scratch' has the teacher's pairs", variants,
                 {"student": ("student", 1)}, claims)
 
 
@@ -179,21 +202,21 @@ def pairs_grid():
     counts = (64, 256, 1024, 2048, 8192)
     variants = {}
     for n in counts:
-        pairs = TEACHERS_PAIRS if n == 2048 else stage("02", TEACHER, n_pairs=n)
-        variants["pairs only", str(n)] = measured(distilled(pairs=pairs, guidance=0))
-        variants["guided", str(n)] = measured(distilled(pairs=pairs))
+        pairs = TEACHERS_PAIRS if n == 2048 else stage("02", TEACHER, n_pairs=n)  # those of stage 03: not twice
+        variants["pairs only", str(n)] = evaluated(distilled(pairs=pairs, guidance=0))
+        variants["guided", str(n)] = evaluated(distilled(pairs=pairs))
     claims = {f"guidance helps with {n} pairs": lower(("guided", str(n)), ("pairs only", str(n)), "student") for n in counts}
     few, many = (lower(("guided", str(n)), ("pairs only", str(n)), "student") for n in (counts[0], counts[-1]))
     claims[f"guidance helps more with {counts[0]} pairs than with {counts[-1]}"] = few + tuple((-sign, *rest) for sign, *rest in many)
-    return Grid(f"Distillation by the number of pairs, {DISTILL['steps']} steps", "pairs in stage 04 (stage 03: 2,048)", variants,
+    return Grid(f"Distillation by the number of pairs, {DISTILL['steps']} steps (a guided step takes about twice as long)", "pairs in stage 04 (stage 03: 2,048)", variants,
                 {"student": ("student", 1)}, claims)
 
 
 def size_grid():
     variants = {}
     for base in (8, 16, 24):
-        flow = reflow_of(**({} if base == 16 else {"base": base}))
-        variants["", f"base {base}"] = measured(distilled(flow)) + measured(flow)
+        flow = reflow_of(base=base)
+        variants["", f"base {base}"] = evaluated(distilled(flow)) + evaluated(flow)
     claims = {f"base {large} is better than base {small}": lower(("", f"base {large}"), ("", f"base {small}"), "student")
               for small, large in ((8, 16), (16, 24))}
     return Grid("Size of the student", "channels of its first level", variants, {"student": ("student", 1), "flow, 8 calls": FLOW["8 calls"]},
@@ -223,11 +246,12 @@ def precision_grid():
     networks = {"teacher, 25 calls": ("teacher", 25), "flow, 8 calls": FLOW["8 calls"], "student": ("student", 1)}
     variants = {("", name): (stage("05", *default_runs(**settings), **settings),)
                 for name, settings in (("fp32", dict(precision="fp32")), ("auto", {}))}
-    return Grid("All stages in fp32, and in what the machine is best at (auto)", "precision", variants, networks)
+    claims = {f"fp32 is better, {column}": lower(("", "fp32"), ("", "auto"), column) for column in networks}
+    return Grid("All stages in fp32, and in what the machine is best at (auto: bf16 where it has it)", "precision", variants, networks, claims)
 
 
-GRIDS = {"calls": calls_grid, "distillation": distillation_grid, "pairs": pairs_grid, "reflow": reflow_grid, "steps": steps_grid,
-         "size": size_grid, "precision": precision_grid}
+GRIDS = {"calls": calls_grid, "distillation": distillation_grid, "pairs": pairs_grid, "reflow": reflow_grid, "scarce": scarce_grid,
+         "steps": steps_grid, "size": size_grid, "precision": precision_grid}
 
 
 # ------------------------------------------------------------------------------------------------------------- runs
@@ -241,16 +265,19 @@ def make(task, seed, cfg, threads):
     (folder / cfg.preset).mkdir(parents=True, exist_ok=True)
     for parent in task.parents:
         link = folder / cfg.preset / MADE[parent.stage]
-        if not link.exists():
-            os.link(parent.folder(cfg, seed) / cfg.preset / link.name, link)
-    arguments = [SCRIPTS[task.stage], "--preset", cfg.preset, "--seed", str(0 if task.stage == "05" else seed), *task.arguments()]
+        link.unlink(missing_ok=True)  # the parent may have been made again
+        os.link(parent.folder(cfg, seed) / cfg.preset / link.name, link)
+    arguments = [f"{STAGES[task.stage].__name__}.py", "--preset", cfg.preset, "--seed", str(0 if task.stage == "05" else seed),
+                 *task.arguments()]
     command = [sys.executable, str(ROOT / arguments[0]), *arguments[1:], "--out", str(folder), "--device", cfg.device]
-    began, version = time.time(), commit()
+    began, version, seconds = time.time(), commit(), folder / "seconds.txt"  # a line for each time that it was begun
     with open(folder / "log.txt", "a") as log:
         code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": str(threads)}).returncode
+    with open(seconds, "a") as file:
+        file.write(f"{time.time() - began:.1f}\n")
     require(code == 0, f"{' '.join(arguments)} failed; see {folder}/log.txt")
-    found = {"run": task.name, "command": " ".join(arguments), "seed": seed, "commit": version, "machine": machine(),
-             "date": time.strftime("%Y-%m-%d"), "seconds": round(time.time() - began, 1)}
+    found = {"run": task.name, "command": " ".join(arguments), "seed": seed, "commit": version, "machine": machine(cfg),
+             "date": time.strftime("%Y-%m-%d"), "seconds": round(sum(map(float, seconds.read_text().split())), 1)}
     for results in (folder / cfg.preset).glob("05_*.json"):
         found |= json.loads(results.read_text())
     with writing(done) as file:
@@ -258,34 +285,38 @@ def make(task, seed, cfg, threads):
     return found
 
 
+def ancestors(task):
+    """The run itself, and all that it was made from."""
+    return [task, *(found for parent in task.parents for found in ancestors(parent))]
+
+
 def commit():
-    """The commit of the code, with a + if files differ from it."""
+    """The commit of the code, with a + if the code differs from it."""
+    def git(*arguments):
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+
     try:
-        told = subprocess.run(["git", "describe", "--always", "--dirty=+", "--abbrev=10"], cwd=ROOT, capture_output=True, text=True)
+        head, changed = git("rev-parse", "--short=10", "HEAD").stdout.strip(), git("diff", "--quiet", "HEAD", "--", "*.py").returncode
     except OSError:  # no git here
         return "unknown"
-    return told.stdout.strip() or "unknown"
+    return head + "+" * bool(changed) if head else "unknown"
 
 
-def machine():
+def on_gpu(cfg):
+    return torch.cuda.is_available() and cfg.device.startswith(("auto", "cuda"))
+
+
+def machine(cfg):
     cpu = Path("/proc/cpuinfo")
     models = [line.split(":")[1].strip() for line in cpu.read_text().splitlines() if line.startswith("model name")] if cpu.exists() else []
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} cores {models[0] if models else platform.processor()}"
+    name = torch.cuda.get_device_name() if on_gpu(cfg) else f"{os.cpu_count()} cores {models[0] if models else platform.processor()}"
     return f"{name}, torch {importlib.metadata.version('torch')}"
 
 
 def make_all(runs, cfg):
     """{(run, seed): what make() found} of the runs and all that they are made from. Raises UserError after the others are done."""
-    needed = {}
-
-    def need(task):
-        for parent in task.parents:
-            need(parent)
-        needed[task] = None
-
-    for task in runs:
-        need(task)
-    jobs = cfg.jobs or (1 if torch.cuda.is_available() else os.cpu_count())
+    needed = dict.fromkeys(found for task in runs for found in ancestors(task))
+    jobs = cfg.jobs or (1 if on_gpu(cfg) else os.cpu_count())
     threads = max(1, os.cpu_count() // jobs)
     todo = [(task, seed) for task in sorted(needed, key=lambda task: task.stage) for seed in range(cfg.seeds)]  # parents first
     futures, began = {}, time.time()
@@ -307,8 +338,11 @@ def make_all(runs, cfg):
         concurrent.futures.wait(futures.values())
     finally:  # Ctrl-C: the commands that run have heard it too, and save their state; those that wait are not begun
         pool.shutdown(cancel_futures=True)
-    failed = [str(future.exception()) for future in futures.values() if future.exception()]
-    require(not failed, "; ".join(dict.fromkeys(failed)))
+    errors = [future.exception() for future in futures.values() if future.exception()]
+    for error in errors:
+        if not isinstance(error, (UserError, OSError)):
+            raise error
+    require(not errors, "; ".join(dict.fromkeys(map(str, errors))))
     return {key: future.result() for key, future in futures.items()}
 
 
@@ -345,7 +379,8 @@ def table(grid, measured, made, values):
     lines = [f"**{grid.title}**: FD-shapes, mean ± standard deviation of {n} seeds.", "",
              f"| variant | {' | '.join([*grid.columns, *grid.facts.values()])} |", f"|---|{'---:|' * len((*grid.columns, *grid.facts))}"]
     classifiers = {result["protocol"].get("classifier") for entry in measured for result in entry["results"]}
-    require(len(classifiers) == 1, f"the runs were measured with different feature networks ({classifiers}), and cannot be compared")
+    require(len(classifiers) == 1, f"the runs were measured with different feature networks ({classifiers}), and cannot be compared: "
+            "delete the folders 05-* of the runs and measure all on one machine with the same --jobs")
     for variant in grid.variants:
         cells = [f"{statistics.mean(v):.3f} ± {statistics.stdev(v):.3f}" for v in (values[variant, c] for c in grid.columns)]
         entries = [entry["results"] for entry in measured if tuple(entry["variant"]) == variant]
@@ -356,17 +391,21 @@ def table(grid, measured, made, values):
         lines.append(f"| {', '.join(filter(None, variant))} | {' | '.join(cells)} |")
     if grid.claims:
         lines += ["", f"Seeds are compared in pairs. Each interval stands for itself: of {len(grid.claims)} claims without any truth in them, "
-                  f"{0.05 * len(grid.claims):.1f} would on average be called shown or opposite."]
-        lines += ["", "| claim | gain in FD-shapes, 95 % interval | verdict |", "|---|---:|---|"]
+                  f"{0.05 * len(grid.claims):.2f} would on average be called shown or opposite."]
+        lines += ["", "| claim | margin in FD-shapes (above 0: it holds), 95 % interval | verdict |", "|---|---:|---|"]
         for text, terms in grid.claims.items():
             mean, half = interval([sum(sign * value for (sign, *_), value in zip(terms, one))
                                    for one in zip(*(values[variant, column] for _, variant, column in terms))])
             lines.append(f"| {text} | {mean:+.3f} ({mean - half:+.3f} to {mean + half:+.3f}) | {verdict(mean, half)} |")
-    where, versions = ({one[key] for one in made} for key in ("machine", "commit"))
-    dates = sorted({one["date"] for one in made})
+    return [*lines, "", made_with(made), ""]
+
+
+def made_with(made):
+    """A line that tells where, when, with which commits and in which time the runs were made."""
+    where, versions, dates = (sorted({one[key] for one in made}) for key in ("machine", "commit", "date"))
     spent = clock(sum(one["seconds"] for one in made))
-    return [*lines, "", f"{', '.join(sorted(where))}; {' to '.join(dict.fromkeys([dates[0], dates[-1]]))}; commit {', '.join(sorted(versions))}; "
-            f"the {len(made)} commands took {spent} hours, several at a time.", ""]
+    return (f"{', '.join(where)}; {' to '.join(dict.fromkeys([dates[0], dates[-1]]))}; commit {', '.join(versions)}; the {len(made)} commands took "
+            f"{spent} hours, those that ran side by side added up.")
 
 
 def plot(path, grid, values):
@@ -375,13 +414,17 @@ def plot(path, grid, values):
     ink, colours = "#222222", ("#174a7c", "#d1495b", "#2e8b57", "#e08e0b", "#6a4c93", "#555555")
     places = list(dict.fromkeys(place for _, place in grid.variants))
     names = list(dict.fromkeys((name, column) for name, _ in grid.variants for column in grid.columns))
+    numbered = all(place.isdigit() for place in places)  # then a logarithmic axis, and a line from place to place
+    position = [math.log(int(place)) for place in places] if numbered else list(range(len(places)))
+    first, last = min(position), max(position)
     everything = [math.log10(max(value, 1e-3)) for numbers in values.values() for value in numbers]
     low, high = min(everything) - 0.03, max(everything) + 0.03
     canvas = Image.new("RGB", (width, height), "white")
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(13)
 
     def at(place, value, line=0):
-        x = left + (places.index(place) + 0.5) * (right - left) / len(places) + (line - (len(names) - 1) / 2) * 9
+        share = (position[places.index(place)] - first) / ((last - first) or 1)  # 0 at the first place, 1 at the last
+        x = left + (0.5 + share * (len(places) - 1)) * (right - left) / len(places) + (line - (len(names) - 1) / 2) * 9
         return x, top + (high - math.log10(max(value, 1e-3))) / (high - low) * (bottom - top)
 
     draw.text((left, 10), grid.title, fill=ink, font=ImageFont.load_default(15))
@@ -407,7 +450,7 @@ def plot(path, grid, values):
                 mean, spread = statistics.mean(numbers), statistics.stdev(numbers)
                 draw.line([at(place, max(mean - spread, 10**low), line), at(place, mean + spread, line)], fill=colour, width=2)
                 means.append(at(place, mean, line))
-        if all(place.isdigit() for place in places):  # a line only where the places have an order
+        if numbered:
             draw.line(means, fill=colour, width=2)
         for x, y in means:
             draw.rectangle([x - 4, y - 4, x + 4, y + 4], fill=colour)
@@ -424,13 +467,8 @@ def time_students(grid, measured, cfg, device):
         for task in grid.variants[entry["variant"]]:
             path = task.folder(cfg, entry["seed"]) / cfg.preset / MADE["04"]
             if path.exists():
-                net, precision = load_network(path, cfg, device)[0], best_precision(device)
-                row_of(entry["results"], "student", 1)["ms_one"] = 1000 * evaluation.seconds_per_call(net, 1, precision)
-
-
-def ancestors(task):
-    """The run itself, and all that it was made from."""
-    return [task, *(found for parent in task.parents for found in ancestors(parent))]
+                net, _ = load_network(path, cfg, device, precision := best_precision(device))
+                row_of(entry["results"], "student", 1)["ms_one"] = 1000 * STAGES["05"].seconds_per_call(net, 1, precision)
 
 
 def main(cfg):
@@ -452,6 +490,8 @@ def main(cfg):
         # 2. The table, with a verdict for every claim, and the plot.
         require(path.exists(), f"{path} is missing; make it without --tables_only")
         saved = json.loads(path.read_text())
+        require({tuple(entry["variant"]) for entry in saved["measured"]} == set(grid.variants),
+                f"{path} holds other variants than this grid has now: make it again without --tables_only")
         values = values_of(grid, saved["measured"])
         lines = table(grid, saved["measured"], saved["made"], values)
         with writing(results / f"{name}.md") as file:

@@ -7,7 +7,8 @@ First the limits: the fastest large matrix product and 3x3 convolution, and copy
 in a process of its own so that its peak memory is its own: a forward pass, and a whole training step as train() makes it, with
 pairs, noise, clipping, Adam and EMA. "plain" is the same network as it is often written: fp32, attention in single steps,
 an optimiser and an EMA that go from tensor to tensor. "of limit": the share of the fastest product or convolution in that
-precision, counting the multiply-adds of convolutions and linear layers (a training step: three times those of a forward pass).
+precision, counting the multiply-adds of convolutions and linear layers (a training step: three times those of a forward pass). At the end:
+what every preset costs, in counted operations, and in days at the speed that was measured (on a GPU: --batch 128).
 
 Reads   nothing
 Writes  out/benchmark.md, out/benchmark.json
@@ -33,6 +34,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -175,9 +177,9 @@ def steps_of(cfg, net, pairs, device):
     with contextlib.redirect_stdout(io.StringIO()):
         train("03 benchmark", cfg, net, loss_at)
     first = 1 + cfg.compile  # to warm up; compiling tries a step more
-    inside = statistics.median(network_ended[i] - network_began[i] for i in range(first, len(began)))
-    step = statistics.median(np.diff(began)[first:])
-    return step, 1 - inside / step if device.type == "cpu" else None
+    steps = np.diff(began)[first:]
+    inside = [network_ended[i] - network_began[i] for i in range(first, len(began) - 1)]
+    return statistics.median(steps), statistics.median(1 - inside / steps) if device.type == "cpu" else None
 
 
 def measure_network(args, precision, batch, device, compiled, repeat):
@@ -311,6 +313,34 @@ def sampling_row(name, args, steps, precision, device):
     return f"{name}, {steps} Euler steps, batch 128, {precision}", 128 / median_seconds(sample, device, 1), "img/s"
 
 
+@torch.no_grad()
+def operations(net, *shapes):
+    """Operations (two for each multiply-add) of net(a tensor of each shape)."""
+    with FlopCounterMode(display=False) as counter:
+        net(*map(torch.zeros, shapes))
+    return counter.get_total_flops()
+
+
+def costs(preset):
+    """Operations of each of the five stages with a preset's settings: [01, ..., 05].
+
+    The gradient of a forward pass is counted as two more.
+    """
+    scripts = [importlib.import_module(name) for name in ("01_train_teacher", "02_generate_pairs", "03_annealing_reflow",
+                                                          "04_flow_guided_distill", "05_eval_fid")]
+    c1, c2, c3, c4, c5 = (script.Config(preset=preset, **script.PRESETS[preset]) for script in scripts)
+    image = (1, 3, c1.image_size, c1.image_size)
+    big, small = (operations(UNet(c1.image_size, 3, c.base, c.mult, c.blocks, c.attn), image, (1,)) for c in (c1, c3))
+    # 04: the student on pairs and on fresh noise, the flow once. D sees two images of each; one has a gradient, the weights none.
+    distance = 3 * operations(scripts[3].LPIPS().features, (1, 3, 64, 64)) if c4.distance == "lpips" else 0
+    own_pairs = c4.n_pairs * c4.pair_steps * small if c4.pairs_from == "flow" else 0
+    measured = c5.n_samples * ((c5.teacher_steps + 1) * big + (c5.flow_steps + 2) * small)
+    if c5.metric == "fid":  # five rows, and the data: 50,000 images or more
+        measured += (5 * c5.n_samples + 50_000) * operations(evaluation.Inception(), (1, 3, 299, 299))
+    return [3 * big * c1.batch * c1.steps, big * c2.n_pairs * c2.sample_steps, 3 * small * c3.batch * c3.steps,
+            c4.batch * c4.steps * (7 * small + 2 * distance) + own_pairs, measured]
+
+
 def main(cfg):
     device = start(cfg, "benchmark")
     require(device.type in ("cpu", "cuda"), f"--device {cfg.device}: this measures a CPU or an NVIDIA GPU")
@@ -363,13 +393,22 @@ def main(cfg):
               sampling_row("shapes teacher", shapes, 25, best, device), *evaluation_rows(device)]
     rows += [{"what": what, "value": value, "unit": unit} for what, value, unit in others]
 
-    # 5. The report.
+    # 5. What the presets cost.
+    speed, name = max((3 * 2 * row["macs"] * row["batch"] / row["step"], row["network"]) for row in rows if "step" in row)
+    bill = ["| preset | 01 | 02 | 03 | 04 | 05 | together, EFLOP | days here |", "|---|---:|---:|---:|---:|---:|---:|---:|"]
+    for preset in teacher.PRESETS:
+        stages = costs(preset)
+        bill.append(f"| {preset} | {' | '.join(f'{n / 1e18:.2g}' for n in [*stages, sum(stages)])} | {sum(stages) / speed / 86400:,.2g} |")
+    bill.append(f"\n10^18 operations; days at {speed / 1e12:.2f} TFLOP/s, reached in training the {name}.")
+
+    # 6. The report.
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()}, {os.cpu_count()} cores"
     head = f"{hardware}, torch {torch.__version__}, batch {cfg.batch}, {time.strftime('%Y-%m-%d')}. Limits: " + ", ".join(
         f"{name} {value:,.0f} {'GB/s' if name == 'copy' else 'GFLOP/s'}" for name, value in peak.items())
     lines = [head, "", *lines, "", "| what | value |", "|---|---:|",
              *(f"| {row['what']} | {row['value']:,.3g} {row['unit']} |" if row["value"] < 1000 else
-               f"| {row['what']} | {row['value']:,.0f} {row['unit']} |" for row in rows if "what" in row)]
+               f"| {row['what']} | {row['value']:,.0f} {row['unit']} |" for row in rows if "what" in row),
+             "", *bill]
     for suffix, text in ((".md", "\n".join([*lines, ""])), (".json", json.dumps({"machine": head, "limits": peak, "rows": rows}, indent=1))):
         with writing(Path(cfg.out, f"benchmark{suffix}")) as file:
             file.write(text.encode())

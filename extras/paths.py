@@ -76,7 +76,7 @@ def main(cfg):
     shown = torch.linspace(0, cfg.steps, min(6, cfg.steps + 1)).round().long().tolist()  # which of the states are shown as images
     cell = size * max(1, 64 // size)
     left, top, width, height, right = 60, 40, 330, 300, 560
-    canvas = Image.new("RGB", (right + len(shown) * (cell + 4), max(400, top + 2 * cfg.strips * (cell + 4) + 40)), "white")
+    canvas = Image.new("RGB", (right + len(shown) * (cell + 4), max(400, top + cfg.strips * (2 * (cell + 4) + 8) + 40)), "white")
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(13)
     highest = 1.3 * max(bend.max().item() for bend in bends.values())
     draw.text((left, 12), "distance from the straight line (in its lengths)", fill="black", font=font)

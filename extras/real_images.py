@@ -14,7 +14,6 @@ Reads   --data: images with labels
 Writes  extras/results/cifar10_cpu.json, .md, .png (made-up images only); the runs and the classifier into <out>/real_images
 """
 import hashlib
-import importlib
 import json
 import statistics
 import sys
@@ -27,19 +26,19 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from ablations import ROOT, ancestors, machine, make_all, refuse_what_runs_do_not_use, stage  # makes common importable
+from ablations import ROOT, STAGES, made_with, make_all, refuse_what_runs_do_not_use, stage  # makes common importable
 from common import (Settings, autocast, best_precision, check_ranges, clock, from_uint8, load_images, load_strictly, random_flip,
                     read, require, run, save, save_grid, say, start, writing)
 
-evaluation = importlib.import_module("05_eval_fid")
+evaluation = STAGES["05"]
 
 
 @dataclass
 class Config(Settings):
     preset: str = "cifar10_quick"  # whose settings hold where nothing else is said below
     data: str = "cifar10"  # cifar10 (downloaded), or the path of CIFAR-10 (binary), or of a folder or zip with labels
-    named: str = "CIFAR-10"  # what the tables call the images
-    n_samples: int = 5000  # images of each network that are measured
+    named: str = ""  # what the tables call the images; empty: --data
+    n_samples: int = 2000  # images of each network that are measured
     scale: float = 1.0  # all steps and pairs times this: 1 is an hour on 2 CPU cores
     classifier_steps: int = 1500  # training steps of the distance's classifier
     jobs: int = 1  # runs at a time
@@ -50,7 +49,8 @@ class Config(Settings):
 
     def __post_init__(self):
         refuse_what_runs_do_not_use(self)
-        check_ranges(self, n_samples=(130, 10**6), scale=(0, None), classifier_steps=(1, None), jobs=(1, None), seeds=(1, 10))
+        self.named = self.named or self.data
+        check_ranges(self, n_samples=(129, 10**6), scale=(0, None), classifier_steps=(1, None), jobs=(1, None), seeds=(1, 10))
 
 
 def networks(cfg):
@@ -117,14 +117,14 @@ def train_classifier(cfg, images, labels, device):
 
 def main(cfg):
     device = start(cfg, "real images")
-    work, began = Path(cfg.out, cfg.runs), time.time()
+    cache, began = Path(cfg.out, cfg.runs, "cache"), time.time()
 
     # 1. The classifier whose features are compared.
-    images, labels = load_images(cfg.data, 32, cache=work / "cache")
+    images, labels = load_images(cfg.data, 32, cache=cache)
     require(labels is not None, f"{cfg.data} has no labels, which the distance's classifier needs")
     require(len(images) >= 2 * cfg.n_samples, f"{cfg.data} has {len(images)} images, fewer than twice --n_samples {cfg.n_samples}")
-    made_from = hashlib.sha256(images.numpy()).hexdigest()[:10]
-    labels, path = torch.as_tensor(labels), work / f"classifier_{made_from}_{cfg.classifier_steps}.pt"
+    cfg.runs = f"{cfg.runs}/{hashlib.sha256(images.numpy()).hexdigest()[:10]}"  # other images under the same name: other runs
+    path = Path(cfg.out, cfg.runs, f"classifier_{cfg.classifier_steps}.pt")
     if not path.exists():
         net, accuracy = train_classifier(cfg, images, labels, device)
         save(path, cfg, weights=net.state_dict(), accuracy=accuracy)
@@ -144,26 +144,26 @@ def main(cfg):
     # 3. Distances to the images; and of some of the real ones to all others.
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(1))
     real = gaussian_of(images)
-    rows = {"real (other images)": [evaluation.frechet_distance(*(gaussian_of(images[i]) for i in (order[:cfg.n_samples], order[cfg.n_samples:])))]}
+    some, others = images[order[:cfg.n_samples]], images[order[cfg.n_samples:]]
+    rows = {"real (other images)": [evaluation.frechet_distance(*gaussian_of(some), *gaussian_of(others))]}
     pictures = {}
     for title, (task, key, _) in chosen.items():
         for seed in range(cfg.seeds):
             folder = task.folder(cfg, seed) / cfg.preset / f"05_{key}_images"
-            found, _ = load_images(str(folder), 32, cache=work / "cache")
+            found, _ = load_images(str(folder), 32, cache=cache)
             rows.setdefault(title, []).append(evaluation.frechet_distance(*gaussian_of(found), *real))
             pictures.setdefault(title, from_uint8(found[:12]))
 
     # 4. The table and the picture.
-    tasks = dict.fromkeys(found for task, *_ in chosen.values() for found in ancestors(task))
-    spent = sum(made[task, seed]["seconds"] for task in tasks for seed in range(cfg.seeds))
-    lines = [f"{cfg.named}, {cfg.n_samples:,} images of each network; FD-cifar-classifier (accuracy {kept['accuracy']:.1%}), {cfg.seeds} seed(s).", "",
+    runs = list(made.values())
+    lines = [f"{cfg.named}, {cfg.n_samples:,} images of each network; FD-cifar-classifier (accuracy {kept['accuracy']:.1%}), {cfg.seeds} seed(s)"
+             f"{'' if cfg.scale == 1 else f', {cfg.scale} of the steps and pairs'}.", "",
              "| network | FD-cifar-classifier |", "|---|---:|"]
     lines += [f"| {title} | {statistics.mean(values):.3f}{f' ± {statistics.stdev(values):.3f}' if len(values) > 1 else ''} |"
               for title, values in rows.items()]
-    lines += ["", f"{machine()}, {time.strftime('%Y-%m-%d')}; the commands took {clock(spent)}.", ""]
-    facts = [made[task, seed] for task in tasks for seed in range(cfg.seeds)]
-    for suffix, text in ((".md", "\n".join(lines)), (".json", json.dumps({"images": cfg.named, "accuracy": kept["accuracy"], "distances": rows,
-                                                                         "runs": facts}, indent=1))):
+    lines += ["", made_with(runs), ""]
+    facts = {"images": cfg.named, "scale": cfg.scale, "accuracy": kept["accuracy"], "distances": rows, "runs": runs}
+    for suffix, text in ((".md", "\n".join(lines)), (".json", json.dumps(facts, indent=1))):
         with writing(Path(cfg.results, f"cifar10_cpu{suffix}")) as file:
             file.write(text.encode())
     save_grid(Path(cfg.results, "cifar10_cpu.png"), list(pictures.values()), list(pictures))

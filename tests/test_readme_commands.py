@@ -1,4 +1,4 @@
-"""Every command of README.md runs, one after the other as they stand there, with few steps.
+"""Every command of README.md runs, one after the other as they stand there, but for small networks and few steps.
 
 Left to others: the two commands that .ci/run gives (all five stages, the tests), what it gives after them (only sampling), and the programs
 of extras that take minutes (test_extras.py). Several processes: test_processes.py.
@@ -23,6 +23,7 @@ SMALL = {
     "05": dict(n_samples=8, teacher_steps=1, flow_steps=1),
     "import": {},
 }
+SLOW = {"steps", "anneal_steps", "n_pairs"}  # of these SMALL's are used; of all others the README's
 
 
 def commands():
@@ -60,4 +61,5 @@ def test_every_command_runs(tmp_path, monkeypatch):
             more |= {"data": "my_images.zip"}
         if number == "import":  # cifar10 has a teacher from the lines before
             shutil.rmtree("out/cifar10", ignore_errors=True)
-        s.main(common.read_settings(s.Config, s.PRESETS, s.__doc__, [*words, *(f"--{k}={v}" for k, v in more.items())]))
+        small, slow = ([f"--{k}={v}" for k, v in more.items() if (k in SLOW) == is_slow] for is_slow in (False, True))
+        s.main(common.read_settings(s.Config, s.PRESETS, s.__doc__, [*small, *words, *slow]))
