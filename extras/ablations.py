@@ -427,8 +427,8 @@ def plot(path, grid, values):
         x = left + (0.5 + share * (len(places) - 1)) * (right - left) / len(places) + (line - (len(names) - 1) / 2) * 9
         return x, top + (high - math.log10(max(value, 1e-3))) / (high - low) * (bottom - top)
 
-    draw.text((left, 10), grid.title, fill=ink, font=ImageFont.load_default(15))
-    draw.text((8, top - 18), "FD-shapes", fill=ink, font=font)
+    draw.text((left, 2), grid.title, fill=ink, font=ImageFont.load_default(15))
+    draw.text((left, 21), "FD-shapes (logarithmic; smaller is better); dots: seeds, bars: their standard deviation", fill=ink, font=font)
     steps = (1, 2, 5) if high - low > 1 else (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8) if high - low > 0.3 else [n / 10 for n in range(10, 100, 2)]
     for value in (step * 10**power for power in range(-3, 4) for step in steps):
         if low <= math.log10(value) <= high:
