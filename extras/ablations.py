@@ -144,15 +144,19 @@ def distilled(flow=None, pairs=TEACHERS_PAIRS, **settings):
     return stage("04", pairs, flow or reflow_of(), **{**DISTILL, **settings})
 
 
+def table_3(both):
+    """Paper, Table 3: {variant: its settings}, and (claim, the better variant, the worse) of each; `both` has annealing and flips."""
+    return ({"neither": dict(schedule="fixed", flip=False), "flip only": dict(schedule="fixed"), "annealing only": dict(flip=False), both: {}},
+            (("annealing helps (with flips)", both, "flip only"), ("annealing helps (without flips)", "annealing only", "neither"),
+             ("flips help (with annealing)", both, "annealing only"), ("flips help (without annealing)", "flip only", "neither")))
+
+
 def reflow_grid():
     """Paper, Tables 3 and 4."""
-    variants = {"neither": dict(schedule="fixed", flip=False), "flip only": dict(schedule="fixed"), "annealing only": dict(flip=False),
-                "both (linear)": {}, "cosine": dict(schedule="cosine"), "exponential": dict(schedule="exponential")}
+    variants, ideas = table_3("both (linear)")
+    variants |= {"cosine": dict(schedule="cosine"), "exponential": dict(schedule="exponential")}
     claims = {f"{what}, {column}": lower(("", better), ("", worse), column) for column in FLOW for what, better, worse in (
-        ("annealing helps (with flips)", "both (linear)", "flip only"),
-        ("annealing helps (without flips)", "annealing only", "neither"),
-        ("flips help (with annealing)", "both (linear)", "annealing only"),
-        ("flips help (without annealing)", "flip only", "neither"),
+        *ideas,
         ("linear is better than cosine", "both (linear)", "cosine"),
         ("linear is better than exponential", "both (linear)", "exponential"))}
     return Grid(f"Annealing reflow, {REFLOW['steps']} steps", "variant of stage 03; cosine and exponential have flips too",
@@ -161,15 +165,10 @@ def reflow_grid():
 
 def scarce_grid():
     """Paper, Table 3, where few pairs are passed over often: 500 and 125 times. (Paper: 2,000 times; the grid `reflow`: 16 times.)"""
-    settings = {"neither": dict(schedule="fixed", flip=False), "flip only": dict(schedule="fixed"), "annealing only": dict(flip=False),
-                "both": {}}
-    counts = ("64", "256")
-    variants = {(name, n): evaluated(reflow_of(stage("02", TEACHER, n_pairs=int(n)), **more)) for n in counts for name, more in settings.items()}
-    claims = {f"{what}, {n} pairs, {column}": lower((better, n), (worse, n), column) for n in counts for column in FLOW
-              for what, better, worse in (("annealing helps (with flips)", "both", "flip only"),
-                                          ("annealing helps (without flips)", "annealing only", "neither"),
-                                          ("flips help (with annealing)", "both", "annealing only"),
-                                          ("flips help (without annealing)", "flip only", "neither"))}
+    (made, ideas), counts = table_3("both"), ("64", "256")
+    variants = {(name, n): evaluated(reflow_of(stage("02", TEACHER, n_pairs=int(n)), **settings)) for n in counts for name, settings in made.items()}
+    claims = {f"{what}, {n} pairs, {column}": lower((better, n), (worse, n), column)
+              for n in counts for column in FLOW for what, better, worse in ideas}
     return Grid(f"Annealing reflow with few pairs, {REFLOW['steps']} steps", "pairs", variants, FLOW, claims)
 
 
