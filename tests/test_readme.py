@@ -1,5 +1,6 @@
 """The README's commands, code lines and preset table are those of the code."""
 import re
+import shlex
 
 import pytest
 import torch
@@ -54,5 +55,5 @@ def test_every_command_names_a_script_and_settings_that_exist():
     for script, arguments in commands:
         module = load_script(numbers[script])
         presets = getattr(module, "PRESETS", dict.fromkeys([module.Config.preset, *load_script("01").PRESETS], {}))
-        words = arguments.replace("&&", "").split()
+        words = shlex.split(arguments.replace("&&", ""))
         common.read_settings(module.Config, presets, module.__doc__, words)
