@@ -166,7 +166,8 @@ def reflow_grid():
 def scarce_grid():
     """Paper, Table 3, where few pairs are passed over often: 500 and 125 times. (Paper: 2,000 times; the grid `reflow`: 16 times.)"""
     (made, ideas), counts = table_3("both"), ("64", "256")
-    variants = {(name, n): evaluated(reflow_of(stage("02", TEACHER, n_pairs=int(n)), **settings)) for n in counts for name, settings in made.items()}
+    variants = {(name, n): evaluated(reflow_of(stage("02", TEACHER, n_pairs=int(n)), **settings))
+                for n in counts for name, settings in made.items()}
     claims = {f"{what}, {n} pairs, {column}": lower((better, n), (worse, n), column)
               for n in counts for column in FLOW for what, better, worse in ideas}
     return Grid(f"Annealing reflow with few pairs, {REFLOW['steps']} steps", "pairs", variants, FLOW, claims)
@@ -193,8 +194,8 @@ def distillation_grid():
                for name in ("pairs only", "guided")}
     claims |= {f"the flow's own pairs are better than the teacher's: {name}":
                lower((name, "own pairs"), (name, "teacher's pairs"), "student") for name in ("pairs only", "guided")}
-    return Grid(f"Distillation, {DISTILL['steps']} steps each (a guided step takes about twice as long)", "variant of stage 04; 'scratch' has the teacher's pairs", variants,
-                {"student": ("student", 1)}, claims)
+    return Grid(f"Distillation, {DISTILL['steps']} steps each (a guided step takes about twice as long)",
+                "variant of stage 04; 'scratch' has the teacher's pairs", variants, {"student": ("student", 1)}, claims)
 
 
 def pairs_grid():
@@ -207,8 +208,8 @@ def pairs_grid():
     claims = {f"guidance helps with {n} pairs": lower(("guided", str(n)), ("pairs only", str(n)), "student") for n in counts}
     few, many = (lower(("guided", str(n)), ("pairs only", str(n)), "student") for n in (counts[0], counts[-1]))
     claims[f"guidance helps more with {counts[0]} pairs than with {counts[-1]}"] = few + tuple((-sign, *rest) for sign, *rest in many)
-    return Grid(f"Distillation by the number of pairs, {DISTILL['steps']} steps (a guided step takes about twice as long)", "pairs in stage 04 (stage 03: 2,048)", variants,
-                {"student": ("student", 1)}, claims)
+    return Grid(f"Distillation by the number of pairs, {DISTILL['steps']} steps (a guided step takes about twice as long)",
+                "pairs in stage 04 (stage 03: 2,048)", variants, {"student": ("student", 1)}, claims)
 
 
 def size_grid():
@@ -246,7 +247,8 @@ def precision_grid():
     variants = {("", name): (stage("05", *default_runs(**settings), **settings),)
                 for name, settings in (("fp32", dict(precision="fp32")), ("auto", {}))}
     claims = {f"fp32 is better, {column}": lower(("", "fp32"), ("", "auto"), column) for column in networks}
-    return Grid("All stages in fp32, and in what the machine is best at (auto: bf16 where it has it)", "precision", variants, networks, claims)
+    return Grid("All stages in fp32, and in what the machine is best at (auto: bf16 where it has it)", "precision", variants,
+                networks, claims)
 
 
 GRIDS = {"calls": calls_grid, "distillation": distillation_grid, "pairs": pairs_grid, "reflow": reflow_grid, "scarce": scarce_grid,

@@ -42,7 +42,9 @@ from common import (EVALUATION, PAIRS, Attention, Settings, UNet, autocast, best
                     draw_shapes, generate, load, load_images, noise_for, on_device, pair_batch, random_flip, read, require, run, save, say,
                     start, train, writing)
 
-teacher, reflow, evaluation = map(importlib.import_module, ("01_train_teacher", "03_annealing_reflow", "05_eval_fid"))
+SCRIPTS = [importlib.import_module(name) for name in ("01_train_teacher", "02_generate_pairs", "03_annealing_reflow",
+                                                      "04_flow_guided_distill", "05_eval_fid")]
+teacher, _, reflow, distillation, evaluation = SCRIPTS
 
 
 @dataclass
@@ -326,13 +328,11 @@ def costs(preset):
 
     The gradient of a forward pass is counted as two more.
     """
-    scripts = [importlib.import_module(name) for name in ("01_train_teacher", "02_generate_pairs", "03_annealing_reflow",
-                                                          "04_flow_guided_distill", "05_eval_fid")]
-    c1, c2, c3, c4, c5 = (script.Config(preset=preset, **script.PRESETS[preset]) for script in scripts)
+    c1, c2, c3, c4, c5 = (script.Config(preset=preset, **script.PRESETS[preset]) for script in SCRIPTS)
     image = (1, 3, c1.image_size, c1.image_size)
     big, small = (operations(UNet(c1.image_size, 3, c.base, c.mult, c.blocks, c.attn), image, (1,)) for c in (c1, c3))
     # 04: the student on pairs and on fresh noise, the flow once. D sees two images of each; one has a gradient, the weights none.
-    distance = 3 * operations(scripts[3].LPIPS().features, (1, 3, 64, 64)) if c4.distance == "lpips" else 0
+    distance = 3 * operations(distillation.LPIPS().features, (1, 3, 64, 64)) if c4.distance == "lpips" else 0
     own_pairs = c4.n_pairs * c4.pair_steps * small if c4.pairs_from == "flow" else 0
     measured = c5.n_samples * ((c5.teacher_steps + 1) * big + (c5.flow_steps + 2) * small)
     if c5.metric == "fid":  # five rows, and the data: 50,000 images or more
