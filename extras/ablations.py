@@ -411,10 +411,12 @@ def made_with(made):
 
 def plot(path, grid, values):
     """Draws mean and standard deviation of every variant, and each seed as a dot, on a log scale, into a PNG."""
-    width, height, left, right, top, bottom = 820, 470, 70, 800, 40, 380
-    ink, colours = "#222222", ("#174a7c", "#d1495b", "#2e8b57", "#e08e0b", "#6a4c93", "#555555")
     places = list(dict.fromkeys(place for _, place in grid.variants))
     names = list(dict.fromkeys((name, column) for name, _ in grid.variants for column in grid.columns))
+    ink, colours = "#222222", ("#174a7c", "#d1495b", "#2e8b57", "#e08e0b", "#6a4c93", "#555555", "#3fb8d3", "#8c564b")
+    require(len(names) <= len(colours), f"{grid.title}: {len(names)} lines, and only {len(colours)} colours")
+    left, right, top, bottom = 70, 800, 40, 380
+    width, height = 820, bottom + 60 + 20 * math.ceil(len(names) / 3)  # with the legend's rows
     numbered = all(place.isdigit() for place in places)  # then a logarithmic axis, and a line from place to place
     position = [math.log(int(place)) for place in places] if numbered else list(range(len(places)))
     first, last = min(position), max(position)
