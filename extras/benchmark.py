@@ -398,7 +398,8 @@ def main(cfg):
     bill = ["| preset | 01 | 02 | 03 | 04 | 05 | together, EFLOP | days here |", "|---|---:|---:|---:|---:|---:|---:|---:|"]
     for preset in teacher.PRESETS:
         stages = costs(preset)
-        bill.append(f"| {preset} | {' | '.join(f'{n / 1e18:.2g}' for n in [*stages, sum(stages)])} | {sum(stages) / speed / 86400:,.2g} |")
+        figures = [n / 1e18 for n in (*stages, sum(stages))] + [sum(stages) / speed / 86400]
+        bill.append(f"| {preset} | {' | '.join(f'{n:,.0f}' if n >= 10 else f'{n:.2g}' for n in figures)} |")
     bill.append(f"\n10^18 operations; days at {speed / 1e12:.2f} TFLOP/s, reached in training the {name}.")
 
     # 6. The report.
