@@ -1,63 +1,111 @@
 """Stage 02: let the teacher pair every noise with an image.
 
-The teacher's flow is an ordinary differential equation: each noise z leads to exactly one image x. Following it for many
-noises gives pairs that belong together, unlike stage 01's random couples. They are what stages 03 and 04 learn from.
+The teacher's flow is an ordinary differential equation. Its velocity v(x, t) is one at each place and time, so two
+paths never cross (where they met, they would go on together), and each noise z leads to exactly one image x. Euler's
+method follows it in N small steps, which are N network calls:
 
-    dx/dt = v(x, t) from x = z at t = 0:        x <- x + v(x, t_i) / N,  t_i = EPS + (1 - EPS) i / N
+    dx/dt = v(x, t),  x = z at t = 0:        x <- x + v(x, t_i) / N,  t_i = EPS + (1 - EPS) i / N
 
-An EDM network (extras/import_checkpoint.py), whose students are the paper's best, has its own equation and solver: edm_heun.
+Such a couple (z, x) is a pair. In stage 01 noise and image were drawn independently of each other; here they belong
+together, and this is what stages 03 and 04 learn from. Paths that do not cross have ends whose straight connections
+cross much less than random lines do.
 
-The file holds the images (float16) and one seed: pair i's noise is noise_for(seed, i), drawn again when it is needed.
+Pair i has the noise noise_for(seed, i). It is rounded to float16, as it is stored, before it is followed: so the
+stored noise leads to the stored image.
 
 Reads   out/<preset>/01_teacher.pt
-Writes  out/<preset>/02_pairs.pt, 02_pairs.png; until all pairs are there, 02_pairs.pt.parts, from which a run continues
-Takes   shapes: 24 s on 2 CPU cores (AMD EPYC, torch 2.13, bf16)
-Next    python 03_annealing_reflow.py
+Writes  out/<preset>/02_pairs.pt, 02_pairs.png; until all are there, 02_pairs.pt.parts, from which a run continues
+Takes   shapes: 13 s on 2 CPU cores (AMD EPYC, torch 2.13, bf16)
 """
-from dataclasses import dataclass
-from typing import Literal
+import datetime
+import shutil
+import time
 
-from common import (PAIRS, Settings, check_ranges, command_for, count_parameters, load, load_network, make_pairs, run, save_grid,
-                    say, start)
+import torch
+import torch.distributed as dist
+
+from common import (PAIRS, RANK, WORLD, command_for, euler, fingerprint, labels_for, load, load_network, noise_for,
+                    process_0_first, read, require, require_same_run, run, save, save_grid, say, settings_of, start)
+
+SETTINGS = [
+    # name           shapes  cifar10_quick  cifar10  ffhq64  imagenet64
+    ("n_pairs",      2048,   50_000,        50_000,  50_000, 200_000,  "pairs to make. paper: 50,000 or more"),
+    ("sample_steps", 16,     50,            100,     100,    100,      "Euler steps. ours; paper: RK45, about 127 calls"),
+    ("precision",    "auto", "auto",        "fp32",  "fp32", "fp32",   "of the network: fp32, bf16 or auto"),
+]
+BATCH = 128  # ours: pairs per network call
 
 
-@dataclass
-class Config(Settings):
-    n_pairs: int = 2048  # pairs to make. ours; paper: 50,000 or more
-    sample_steps: int = 16  # Euler steps, each one network call per image. ours; an EDM teacher: 18 steps, 35 calls
-    sample_batch: int = 128  # images per network call: speed and memory only, the pairs are the same. ours
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # of convolutions and products; auto: bf16 where the hardware has it
+def make_pairs(cfg, name, net, made_from, n, steps, first_index, sampler=euler):
+    """Writes n pairs (z, x = sampler(net, z, steps, labels)) as <out>/<preset>/<name>, float16 (n, 3, H, W) each.
 
-    def __post_init__(self):
-        check_ranges(self, n_pairs=(1, 10**9), sample_steps=(1, None), sample_batch=(1, None))
+    Their noises are those numbered from first_index. Labels are drawn uniformly if the network knows classes. Every
+    batch is kept as soon as it is made, so a run that was broken off continues; several processes share the batches.
+    Raises UserError if what is there was made with other settings.
+    """
+    require(n and steps, f"{n} pairs of {steps} steps: both must be at least 1")
+    path, parts = cfg.folder / name, cfg.folder / f"{name}.parts"
+    made = {"made from": made_from, "pairs": n, "steps": steps, "seed": cfg.seed, "precision": net.precision}
+    if path.exists() and not cfg.restart:
+        require_same_run(path, load(cfg, name)["made"], made)
+        say(f"{path} is complete")
+        return
+    with process_0_first():
+        if cfg.restart and RANK == 0:
+            path.unlink(missing_ok=True)
+            shutil.rmtree(parts, ignore_errors=True)
 
+    # 1. Follow the noises, batch by batch.
+    device, shape = net.conv_in.weight.device, (3, net.args["image_size"], net.args["image_size"])
+    labels = labels_for(cfg.seed, n, net.args["classes"])
+    files = {first: parts / f"{first:09}.pt" for first in range(0, n, BATCH)}
+    todo = [first for first in list(files)[RANK::WORLD] if not files[first].exists()]
+    say(f"{n:,} pairs x {steps} steps | {len(files)} batches")
+    began = said = time.time()
+    for done, first in enumerate(todo, 1):
+        last = min(first + BATCH, n)
+        z = noise_for(cfg.seed, range(first_index + first, first_index + last), shape).half()
+        y = None if labels is None else labels[first:last].to(device)
+        x = sampler(net, z.to(device).float(), steps, y)
+        require(x.isfinite().all(), f"the network made images that are not finite (pairs {first} to {last - 1})")
+        save(files[first], z=z, x=x.half().cpu(), made=made)
+        if time.time() - said > 10:
+            said = time.time()
+            left = datetime.timedelta(seconds=round((said - began) / done * (len(todo) - done)))
+            say(f"{name} | batch {done} of {len(todo)} | left {left}")
+    if WORLD > 1:
+        dist.barrier()  # all batches are there
 
-PAPER = dict(n_pairs=50_000, sample_steps=100, precision="fp32")  # ours: 100 Euler steps; the paper's solver is RK45 with about 127 calls
-
-PRESETS = {
-    "shapes": {},
-    "cifar10_quick": {**PAPER, "sample_steps": 50, "precision": "auto"},  # ours
-    "cifar10": PAPER,
-    "ffhq64": PAPER,
-    "imagenet64": {**PAPER, "n_pairs": 200_000},  # ours: 200 for each class
-}
+    # 2. Join them. The large arrays are mapped files, so that memory never holds them.
+    with process_0_first():
+        if RANK == 0:
+            arrays = {}
+            for key in ("z", "x"):
+                with open(parts / key, "wb") as file:
+                    for part in files.values():
+                        content = read(part)
+                        require_same_run(parts, content["made"], made)
+                        content[key].numpy().tofile(file)
+                numbers = torch.from_file(str(parts / key), False, n * shape[0] * shape[1] * shape[2], dtype=torch.half)
+                arrays[key] = numbers.view(n, *shape)
+            save(path, preset=cfg.preset, settings=settings_of(cfg), id=fingerprint(arrays["z"], arrays["x"]),
+                 made_from=made_from, made=made, **arrays, labels=labels, network=net.args)
+            shutil.rmtree(parts)
 
 
 def main(cfg):
     device = start(cfg, "02 pairs")
 
-    # 1. The teacher (its EMA weights are all that stage 01 saved).
-    teacher, artifact = load_network(cfg.folder / "01_teacher.pt", cfg, device, cfg.precision)
-    say(f"teacher | {count_parameters(teacher):,} parameters | from {cfg.folder}/01_teacher.pt")
+    # 1. The teacher (stage 01 saved its averaged weights).
+    teacher, artifact = load_network(cfg, "01_teacher.pt", device)
 
-    # 2. Noise -> image, with labels drawn uniformly where the teacher knows classes; saved in one file.
-    path = cfg.folder / "02_pairs.pt"
-    make_pairs(path, cfg, teacher, artifact, cfg.n_pairs, cfg.sample_steps, PAIRS)
+    # 2. Noise -> image.
+    make_pairs(cfg, "02_pairs.pt", teacher, artifact["lineage"], cfg.n_pairs, cfg.sample_steps, PAIRS)
 
     # 3. Look at the first.
-    save_grid(cfg.folder / "02_pairs.png", load(path, cfg)["images"][:64].split(8))
-    say(f"wrote {path}, 02_pairs.png | next: {command_for('03_annealing_reflow.py', cfg)}")
+    save_grid(cfg.folder / "02_pairs.png", load(cfg, "02_pairs.pt")["x"][:64].split(8))
+    say(f"wrote {cfg.folder}/02_pairs.pt, 02_pairs.png | next: {command_for('03', cfg)}")
 
 
 if __name__ == "__main__":
-    run(main, Config, PRESETS, __doc__)
+    run(main, SETTINGS, __doc__)
