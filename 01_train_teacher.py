@@ -1,22 +1,24 @@
 """Stage 01: train the teacher, a 1-rectified flow, on real images.
 
-A rectified flow is a velocity field v that carries noise z (t = 0) to images x (t = 1). It is learned by regression:
-draw an image and, independently, a noise; stand on the straight line between them; predict the line's direction.
+A rectified flow is a velocity field v that carries noise z (t = 0) to images x (t = 1). It is learned by
+regression: draw an image and, independently, a noise; stand on the straight line between them; predict the
+line's direction.
 
     x_t = t x + (1 - t) z        L = E || v(x_t, t) - (x - z) ||^2        t ~ U[EPS, 1]
 
-Many such lines, from other noises to other images, pass through the same x_t. The network cannot tell which of them
-was drawn, so the best it can learn is the average of their directions. Why are the images right all the same?
-Think of a crowd in which everybody walks along a line of his own. Now let all who meet at a place go on with the
-average of their velocities. Nobody follows his own line any more, but as many as before enter and leave each place.
-So the crowd is spread as before at every t, and at t = 1 it is spread like the images.
+Many such lines, from other noises to other images, pass through the same x_t. The network cannot tell which
+of them was drawn, so the best it can learn is the average of their directions. Why are the images right all
+the same? Think of a crowd in which everybody walks along a line of his own. Now let all who meet at a place
+go on with the average of their velocities. Nobody follows his own line any more, but as many as before enter
+and leave each place. So the crowd is spread as before at every t, and at t = 1 it is spread like the images.
 
-What the average bends is the path. At t = 0 all lines are possible still, and their average points at the average
-image: one Euler step gives a blur. On the way fewer and fewer lines remain, and the path turns towards one image.
-So this teacher needs many steps. The later stages make the paths straight, in a smaller network.
+What the average bends is the path. At t = 0 all lines are possible still, and their average points at the
+average image: one Euler step gives a blur. On the way fewer and fewer lines remain, and the path turns
+towards one image. So this teacher needs many steps. The later stages make the paths straight, in a smaller
+network.
 
-The loss begins at E |x - z|^2, for the network first answers 0: 1.6 for `shapes`. It does not go to 0, however good
-the network is, because the lines through x_t do differ from their average: about 0.12 remains.
+The loss begins at E |x - z|^2, for the network first answers 0: 1.6 for `shapes`. It does not go to 0,
+however good the network is, because the lines through x_t do differ from their average: about 0.12 remains.
 
 Reads   images: --data shapes (drawn by the program), cifar10 (downloaded), or the path of a folder or zip
 Writes  out/<preset>/01_teacher.pt, 01_samples.png; 01_state.pt, from which a run continues
@@ -24,34 +26,35 @@ Takes   shapes: half a minute on 2 CPU cores (AMD EPYC, torch 2.13, bf16)
 """
 import torch
 
-from common import (EPS, Trainer, UNet, command_for, fingerprint, from_uint8, load_images, on_device, require, run,
+from common import (EPS, Trainer, UNet, fingerprint, from_uint8, load_images, on_device, require, run,
                     samples, save_grid, save_network, say, start)
 
 SETTINGS = [
     # name          shapes     cifar10_quick  cifar10       ffhq64        imagenet64
-    ("data",        "shapes",  "cifar10",     "cifar10",    "ffhq-64x64.zip", "imagenet-64x64.zip", "see above"),
-    ("image_size",  16,        32,            32,           64,           64,         "pixels; others are resized"),
+    ("data",        "shapes",  "cifar10",     "cifar10",    "ffhq-64x64.zip",
+     "imagenet-64x64.zip", "shapes, cifar10, or a path of images"),
+    ("image_size",  16,        32,            32,           64,           64,         "pixels"),
     ("conditional", False,     False,         False,        False,        True,       "use the class labels"),
-    ("flip",        True,      True,          True,         True,         False,      "mirror half of the images"),
-    # The network. (Paper: published teachers, on ImageNet EDM's of 296M parameters; imagenet64 here has 114M.)
-    ("base",        32,        128,           128,          128,          192,        "channels of the first level"),
-    ("mult",        (1, 1, 2), (1, 2, 2),     (1, 2, 2, 2), (1, 2, 2, 2), (1, 2, 2),  "times base: of each level"),
-    ("blocks",      1,         2,             4,            4,            3,          "residual blocks per level"),
+    ("flip",        True,      True,          True,         True,         False,      "mirror half of them"),
+    # The network. (The paper's teachers are published networks; ImageNet's has 296M parameters, this 114M.)
+    ("base",        32,        128,           128,          128,          192,        "channels of level 1"),
+    ("mult",        (1, 1, 2), (1, 2, 2),     (1, 2, 2, 2), (1, 2, 2, 2), (1, 2, 2),  "levels, times base"),
+    ("blocks",      1,         2,             4,            4,            3,          "blocks per level"),
     ("attn",        (8,),      (16,),         (16,),        (16,),        (16,),      "sizes with attention"),
     ("dropout",     0.0,       0.1,           0.15,         0.15,         0.1,        "probability"),
     # Training. (Paper: no teacher is trained; steps are as many as those of stage 03 there.)
     ("steps",       375,       30_000,        800_000,      800_000,      800_000,    "optimiser steps"),
     ("batch",       64,        128,           128,          128,          128,        "images per step"),
     ("lr",          8e-3,      2e-4,          2e-4,         2e-4,         2e-4,       "learning rate"),
-    ("warmup",      100,       1000,          5000,         5000,         5000,       "steps in which lr rises"),
-    ("cooldown",    0.6,       0.3,           0.0,          0.0,          0.0,        "share in which lr falls"),
-    ("ema",         0.999,     0.9995,        0.999999,     0.999999,     0.999999,   "decay of averaged weights"),
+    ("warmup",      100,       1000,          5000,         5000,         5000,       "steps while lr rises"),
+    ("cooldown",    0.6,       0.3,           0.0,          0.0,          0.0,        "share while lr falls"),
+    ("ema",         0.999,     0.9995,        0.999999,     0.999999,     0.999999,   "decay of the average"),
     ("precision",   "auto",    "auto",        "auto",       "auto",       "auto",     "fp32, bf16 or auto"),
 ]
 
 
 def flow_loss(net, z, x, labels=None):
-    """E || v(x_t, t) - (x - z) ||^2, the mean over pixels and batch: a scalar. Rectified flow, Eq. 1 (2209.03003).
+    """E || v(x_t, t) - (x - z) ||^2, the mean over pixels and batch: a scalar. Liu et al., 2209.03003, Eq. 1.
 
     z, x (B, C, H, W): noise and images, independent of each other; labels int64 (B,) or None.
     """
@@ -74,9 +77,9 @@ def main(cfg):
         require(labels is not None, f"--conditional needs labels, and {cfg.data} has none")
         made_from["labels"], classes = fingerprint(labels), int(labels.max()) + 1
         absent = sorted(set(range(classes)) - set(labels.tolist()))
-        require(not absent, f"{cfg.data} has labels up to {classes - 1}, but no image of class {absent[:10]}: a class "
-                "without images cannot be learned. Number the classes from 0, without gaps")
-    say(f"data | {len(images):,} images of {cfg.image_size}x{cfg.image_size} from {cfg.data}, {classes} classes")
+        require(not absent, f"{cfg.data} has labels up to {classes - 1}, no images of class {absent[:10]}. A "
+                "class without images cannot be learned: number the classes from 0, without gaps")
+    say(f"data | {len(images):,} images from {cfg.data}, {classes} classes")
 
     # 2. The network.
     net = UNet(cfg.image_size, 3, cfg.base, cfg.mult, cfg.blocks, cfg.attn, classes, cfg.dropout)
@@ -98,7 +101,7 @@ def main(cfg):
     # 4. Keep the averaged weights, and look at what they make.
     save_network(cfg, "01_teacher.pt", trainer.ema, made_from)
     save_grid(cfg.folder / "01_samples.png", samples(trainer.ema, cfg.seed, 64, 25).split(8))
-    say(f"wrote {cfg.folder}/01_teacher.pt, 01_samples.png | next: {command_for('02', cfg)}")
+    say(f"wrote {cfg.folder}/01_teacher.pt, 01_samples.png | next: 02_generate_pairs.py")
 
 
 if __name__ == "__main__":

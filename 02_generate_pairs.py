@@ -1,47 +1,49 @@
 """Stage 02: let the teacher pair every noise with an image.
 
-The teacher's flow is an ordinary differential equation. Its velocity v(x, t) is one at each place and time, so two
-paths never cross (where they met, they would go on together), and each noise z leads to exactly one image x. Euler's
-method follows it in N small steps, which are N network calls:
+The teacher's flow is an ordinary differential equation. Its velocity v(x, t) is one at each place and time,
+so two paths never cross (where they met, they would go on together), and each noise z leads to exactly one
+image x. Euler's method follows it in N small steps, which are N network calls:
 
     dx/dt = v(x, t),  x = z at t = 0:        x <- x + v(x, t_i) / N,  t_i = EPS + (1 - EPS) i / N
 
-Such a couple (z, x) is a pair. In stage 01 noise and image were drawn independently of each other; here they belong
-together, and this is what stages 03 and 04 learn from. Paths that do not cross have ends whose straight connections
-cross much less than random lines do.
+Such a couple (z, x) is a pair. In stage 01 noise and image were drawn independently of each other; here they
+belong together, and this is what stages 03 and 04 learn from. Paths that do not cross have ends whose
+straight connections cross much less than random lines do.
 
-Pair i has the noise noise_for(seed, i). It is rounded to float16, as it is stored, before it is followed: so the
-stored noise leads to the stored image.
+Pair i has the noise noise_for(seed, i). It is rounded to float16, as it is stored, before it is followed: so
+the stored noise leads to the stored image.
 
 Reads   out/<preset>/01_teacher.pt
-Writes  out/<preset>/02_pairs.pt, 02_pairs.png; until all are there, 02_pairs.pt.parts, from which a run continues
+Writes  out/<preset>/02_pairs.pt, 02_pairs.png; until all are there, 02_pairs.pt.parts, from which a run
+        continues
 Takes   shapes: 13 s on 2 CPU cores (AMD EPYC, torch 2.13, bf16)
 """
 import datetime
+import math
 import shutil
 import time
 
 import torch
-import torch.distributed as dist
 
-from common import (PAIRS, RANK, WORLD, command_for, euler, fingerprint, labels_for, load, load_network, noise_for,
-                    process_0_first, read, require, require_same_run, run, save, save_grid, say, settings_of, start)
+from common import (PAIRS, RANK, WORLD, euler, fingerprint, labels_for, load, load_network, noise_for, read,
+                    require, require_same_run, run, save, save_grid, say, settings_of, start, wait_for_all)
 
 SETTINGS = [
-    # name           shapes  cifar10_quick  cifar10  ffhq64  imagenet64
-    ("n_pairs",      2048,   50_000,        50_000,  50_000, 200_000,  "pairs to make. paper: 50,000 or more"),
-    ("sample_steps", 16,     50,            100,     100,    100,      "Euler steps. ours; paper: RK45, about 127 calls"),
-    ("precision",    "auto", "auto",        "fp32",  "fp32", "fp32",   "of the network: fp32, bf16 or auto"),
+    # name            shapes  cifar10_quick  cifar10  ffhq64  imagenet64
+    ("n_pairs",      2048,   50_000,        50_000,  50_000, 200_000, "pairs to make. paper: 50,000 or more"),
+    ("sample_steps", 16,     50,            100,     100,    100,
+     "Euler steps. ours; paper: RK45, about 127 calls"),
+    ("precision",    "auto", "auto",        "fp32",  "fp32", "fp32", "of the network: fp32, bf16 or auto"),
 ]
 BATCH = 128  # ours: pairs per network call
 
 
 def make_pairs(cfg, name, net, made_from, n, steps, first_index, sampler=euler):
-    """Writes n pairs (z, x = sampler(net, z, steps, labels)) as <out>/<preset>/<name>, float16 (n, 3, H, W) each.
+    """Writes n pairs (z, x = sampler(net, z, steps, labels)) as <out>/<preset>/<name>, float16 (n, 3, H, W).
 
-    Their noises are those numbered from first_index. Labels are drawn uniformly if the network knows classes. Every
-    batch is kept as soon as it is made, so a run that was broken off continues; several processes share the batches.
-    Raises UserError if what is there was made with other settings.
+    Their noises are numbered from first_index; labels are uniform over the classes. Each batch is saved when
+    it is made, so a run that was broken off continues; several processes share them. Raises UserError if what
+    is there was made with other settings.
     """
     require(n and steps, f"{n} pairs of {steps} steps: both must be at least 1")
     path, parts = cfg.folder / name, cfg.folder / f"{name}.parts"
@@ -50,10 +52,10 @@ def make_pairs(cfg, name, net, made_from, n, steps, first_index, sampler=euler):
         require_same_run(path, load(cfg, name)["made"], made)
         say(f"{path} is complete")
         return
-    with process_0_first():
-        if cfg.restart and RANK == 0:
-            path.unlink(missing_ok=True)
-            shutil.rmtree(parts, ignore_errors=True)
+    if cfg.restart and RANK == 0:
+        path.unlink(missing_ok=True)
+        shutil.rmtree(parts, ignore_errors=True)
+    wait_for_all()
 
     # 1. Follow the noises, batch by batch.
     device, shape = net.conv_in.weight.device, (3, net.args["image_size"], net.args["image_size"])
@@ -67,30 +69,29 @@ def make_pairs(cfg, name, net, made_from, n, steps, first_index, sampler=euler):
         z = noise_for(cfg.seed, range(first_index + first, first_index + last), shape).half()
         y = None if labels is None else labels[first:last].to(device)
         x = sampler(net, z.to(device).float(), steps, y)
-        require(x.isfinite().all(), f"the network made images that are not finite (pairs {first} to {last - 1})")
+        require(x.isfinite().all(), f"images of pairs {first} to {last - 1} are not finite")
         save(files[first], z=z, x=x.half().cpu(), made=made)
         if time.time() - said > 10:
             said = time.time()
             left = datetime.timedelta(seconds=round((said - began) / done * (len(todo) - done)))
             say(f"{name} | batch {done} of {len(todo)} | left {left}")
-    if WORLD > 1:
-        dist.barrier()  # all batches are there
+    wait_for_all()
 
-    # 2. Join them. The large arrays are mapped files, so that memory never holds them.
-    with process_0_first():
-        if RANK == 0:
-            arrays = {}
-            for key in ("z", "x"):
-                with open(parts / key, "wb") as file:
-                    for part in files.values():
-                        content = read(part)
-                        require_same_run(parts, content["made"], made)
-                        content[key].numpy().tofile(file)
-                numbers = torch.from_file(str(parts / key), False, n * shape[0] * shape[1] * shape[2], dtype=torch.half)
-                arrays[key] = numbers.view(n, *shape)
-            save(path, preset=cfg.preset, settings=settings_of(cfg), id=fingerprint(arrays["z"], arrays["x"]),
-                 made_from=made_from, made=made, **arrays, labels=labels, network=net.args)
-            shutil.rmtree(parts)
+    # 2. Join them. The large arrays are mapped files: memory never has to hold them.
+    if RANK == 0:
+        arrays = {}
+        for key in ("z", "x"):
+            with open(parts / key, "wb") as file:
+                for part in files.values():
+                    content = read(part)
+                    require_same_run(parts, content["made"], made)
+                    file.write(content[key].numpy().tobytes())
+            mapped = torch.from_file(str(parts / key), size=n * math.prod(shape), dtype=torch.half)
+            arrays[key] = mapped.view(n, *shape)
+        save(path, preset=cfg.preset, settings=settings_of(cfg), id=fingerprint(arrays["z"], arrays["x"]),
+             made_from=made_from, made=made, **arrays, labels=labels, network=net.args)
+        shutil.rmtree(parts)
+    wait_for_all()
 
 
 def main(cfg):
@@ -104,7 +105,7 @@ def main(cfg):
 
     # 3. Look at the first.
     save_grid(cfg.folder / "02_pairs.png", load(cfg, "02_pairs.pt")["x"][:64].split(8))
-    say(f"wrote {cfg.folder}/02_pairs.pt, 02_pairs.png | next: {command_for('03', cfg)}")
+    say(f"wrote {cfg.folder}/02_pairs.pt, 02_pairs.png | next: 03_annealing_reflow.py")
 
 
 if __name__ == "__main__":

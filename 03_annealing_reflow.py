@@ -1,23 +1,23 @@
 """Stage 03: annealing reflow. A small network learns a straight flow from the teacher's pairs.
 
-"Reflow" is stage 01's regression on pairs instead of random couples. The lines between the ends of a pair hardly
-cross, so there is little left to average, and the paths that are learned are nearly straight: a 2-rectified flow. One
-Euler step of it gives an image where one of the teacher gave a blur.
+"Reflow" is stage 01's regression on pairs instead of random couples. The lines between the ends of a pair
+hardly cross, so there is little left to average, and the paths that are learned are nearly straight: a
+2-rectified flow. One Euler step of it gives an image where one of the teacher gave a blur.
 
-Usually such a flow starts from the teacher's weights. Those do not fit into a smaller network, and from random weights,
-says the paper, fixed pairs are hard to learn. So begin with an easier problem and change it little by little into the
-right one. Each pair's noise is mixed with fresh noise:
+Usually such a flow starts from the teacher's weights. Those do not fit into a smaller network, and from
+random weights, says the paper, fixed pairs are hard to learn. So begin with an easier problem and change it
+little by little into the right one. Each pair's noise is mixed with fresh noise:
 
     z_beta = sqrt(1 - beta^2) z + beta z'        z' ~ N(0, I), new in every step
-    L = E || v(x_t, t) - (x - z_beta) ||^2       x_t = t x + (1 - t) z_beta                        (paper, Eq. 9)
+    L = E || v(x_t, t) - (x - z_beta) ||^2       x_t = t x + (1 - t) z_beta           (paper, Eq. 9)
 
-At beta = 1 the noise has nothing to do with the image: this is stage 01, with the teacher's images as data. At
-beta = 0 it is reflow. beta falls from 1 to 0. The squares of the two weights add up to 1, so z_beta has variance 1 for
-every beta, and the network always meets N(0, I) at t = 0, as it will when it makes images.
+At beta = 1 the noise has nothing to do with the image: this is stage 01, with the teacher's images as data.
+At beta = 0 it is reflow. beta falls from 1 to 0. The squares of the two weights add up to 1, so z_beta has
+variance 1 for every beta, and the network always meets N(0, I) at t = 0, as it will when it makes images.
 
-The loss begins as in stage 01, near 1.6, falls below 0.1 while beta falls, and ends at about 0.02 for `shapes`: much
-lower than the teacher's, because far fewer lines meet. (On `shapes` annealing gains nothing that could be measured;
-the paper's gain is on CIFAR-10 after 800,000 steps.)
+The loss begins as in stage 01, near 1.6, falls below 0.1 while beta falls, and ends at about 0.02 for
+`shapes`: much lower than the teacher's, because far fewer lines meet. (On `shapes` annealing gains nothing
+that could be measured; the paper's gain is on CIFAR-10 after 800,000 steps.)
 
 Reads   out/<preset>/02_pairs.pt
 Writes  out/<preset>/03_reflow.pt, 03_samples.png; 03_state.pt, from which a run continues
@@ -27,16 +27,17 @@ import math
 
 import torch
 
-from common import (EPS, Trainer, UNet, UserError, command_for, load, on_device, require, run, samples, save_grid,
+from common import (EPS, Trainer, UNet, UserError, load, on_device, require, run, samples, save_grid,
                     save_network, say, start)
 
 SETTINGS = [
-    # name           shapes     cifar10_quick  cifar10    ffhq64     imagenet64
-    ("schedule",     "linear",  "linear",      "linear",  "linear",  "linear",   "of beta: linear, cosine, exponential, none"),
+    # name            shapes     cifar10_quick  cifar10    ffhq64     imagenet64
+    ("schedule",     "linear",  "linear",      "linear",  "linear",  "linear",
+     "of beta: linear, cosine, exponential, none"),
     ("anneal_steps", 400,       15_000,        300_000,   300_000,   300_000,    "steps until beta is 0"),
     ("flip",         True,      True,          True,      True,      False,      "mirror half of the pairs"),
-    # The small network: 0.3M, 7.0M, 15.7M, 15.7M, 80.6M parameters. (Paper, ImageNet: 80.7M, another architecture.)
-    ("base",         16,        64,            96,        96,        192,        "channels of the first level"),
+    # The small network: 0.3M, 7.0M, 15.7M, 15.7M, 80.6M parameters. (Paper, ImageNet: 80.7M, not this kind.)
+    ("base",         16,        64,            96,        96,        192, "channels of the first level"),
     ("mult",         (1, 2, 2), (1, 2, 2),     (1, 2, 2), (1, 2, 2), (1, 2, 2),  "times base: of each level"),
     ("blocks",       1,         2,             2,         2,         3,          "residual blocks per level"),
     ("attn",         (8,),      (16,),         (16,),     (16,),     (16,),      "sizes with attention"),
@@ -53,7 +54,7 @@ SETTINGS = [
 
 
 def beta(step, cfg):
-    """The weight of fresh noise at a step (0, 1, ...), in [0, 1]. Paper, Table 4: the linear schedule is best."""
+    """The weight of fresh noise at a step (0, 1, ...), in [0, 1]. Paper, Table 4: linear is best."""
     require(cfg.anneal_steps, "--anneal_steps must be at least 1; --schedule none goes without annealing")
     k = step / cfg.anneal_steps
     if cfg.schedule == "linear":
@@ -103,8 +104,8 @@ def main(cfg):
         z, x = pairs["z"][i].to(device).float(), pairs["x"][i].to(device).float()  # (B, 3, H, W)
         y = pairs["labels"][i].to(device) if classes else None
         if cfg.flip:
-            # Mirror both ends: the mirrored noise leads to the mirrored image, if the teacher treats left and right
-            # alike. It does as far as it was trained to, by --flip in stage 01; nothing in the network ensures it.
+            # Mirror both ends: the mirrored noise leads to the mirrored image, if the teacher treats left and
+            # right alike. It does so as far as --flip in stage 01 has taught it; nothing built in ensures it.
             mirrored = torch.rand(len(x), 1, 1, 1, device=device) < 0.5
             z, x = torch.where(mirrored, z.flip(3), z), torch.where(mirrored, x.flip(3), x)
         b = beta(step, cfg)
@@ -114,7 +115,7 @@ def main(cfg):
     save_network(cfg, "03_reflow.pt", trainer.ema, pairs["lineage"])
     rows = [*samples(trainer.ema, cfg.seed, 32, 1).split(8), *samples(trainer.ema, cfg.seed, 32, 25).split(8)]
     save_grid(cfg.folder / "03_samples.png", rows)
-    say(f"wrote {cfg.folder}/03_reflow.pt, 03_samples.png | next: {command_for('04', cfg)}")
+    say(f"wrote {cfg.folder}/03_reflow.pt, 03_samples.png | next: 04_flow_guided_distill.py")
 
 
 if __name__ == "__main__":

@@ -1,25 +1,29 @@
 """Stage 04: flow-guided distillation. The 2-rectified flow becomes a network that needs one call.
 
-The student v' starts as a copy of stage 03's flow v. It learns to jump from the noise to the image, by two losses:
+The student v' starts as a copy of stage 03's flow v. It learns to jump from the noise to the image, by two
+losses:
 
-    L_distill = E D( z + v'(z, EPS), x )              on pairs (z, x)                           (paper, Eq. 8)
-    L_2step   = E D( z + v'(z, EPS), target )         on fresh noise z in every step            (paper, Eqs. 11-13)
+    L_distill = E D( z + v'(z, EPS), x )          on pairs (z, x)                     (paper, Eq. 8)
+    L_2step   = E D( z + v'(z, EPS), target )     on fresh noise z in every step      (paper, Eqs. 11-13)
                 x_t = z + t v'(z, EPS),   target = x_t + (1 - t) v(x_t, t),   t ~ U[0.2, 0.8],  no gradient
 
-A pair's image took many network calls, so pairs are few. A two-step target costs one call more than the student's own,
-so every step can have new noise: the flow guides the student where there are no pairs.
+A pair's image took many network calls, so pairs are few. A two-step target costs one call more than the
+student's own, so every step can have new noise: the flow guides the student where there are no pairs.
 
-Why is the target better than the jump that is compared with it? The jump must guess the whole image from noise. The
-target goes only part of the way on that guess; then the flow looks at x_t, where the image already shows, and corrects
-the rest of the way. So the student is pulled towards what its own first step becomes after a second look. No gradient
-goes through the target: otherwise the two could meet by making the target worse. (Consistency models use the same
-trick. There, too, a jump from further away is matched to one from nearer by, without a gradient through the latter; but
-they take both jumps with one network, where a trained flow corrects the student here.)
+Why is the target better than the jump that is compared with it? The jump must guess the whole image from
+noise. The target goes only part of the way on that guess; then the flow looks at x_t, where the image
+already shows, and corrects the rest of the way. So the student is pulled towards what its own first step
+becomes after a second look. No gradient goes through the target: otherwise the two could meet by making the
+target worse. (Consistency models use the same trick. There, too, a jump from further away is matched to one
+from nearer by, without a gradient through the latter; but they take both jumps with one network, where a
+trained flow corrects the student here.)
 
-D is a distance of images: squared L2; pseudo-Huber; or LPIPS, which compares what a network for photographs sees in
-them. The loss of `shapes` begins near 0.02, because the student is already an almost straight flow, and ends at 0.005.
+D is a distance of images: squared L2; pseudo-Huber; or LPIPS, which compares what a network for photographs
+sees in them. The loss of `shapes` begins near 0.02, because the student is already an almost straight flow,
+and ends at 0.005.
 
-Reads   out/<preset>/03_reflow.pt; 02_pairs.pt with --pairs_from teacher; published weights with --distance lpips
+Reads   out/<preset>/03_reflow.pt; 02_pairs.pt with --pairs_from teacher; published weights with --distance
+        lpips
 Writes  out/<preset>/04_student.pt, 04_samples.png; 04_state.pt, from which a run continues; 04_pairs.pt with
         --pairs_from flow
 Takes   shapes: a minute on 2 CPU cores (AMD EPYC, torch 2.13, bf16)
@@ -32,28 +36,31 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import (EPS, OWN_PAIRS, Trainer, UNet, UserError, command_for, download, load, load_network, on_device, require,
-                    run, samples, save_grid, save_network, say, start)
+from common import (EPS, OWN_PAIRS, Trainer, UNet, UserError, download, load, load_network, on_device,
+                    require, run, samples, save_grid, save_network, say, start)
 
 SETTINGS = [
-    # name         shapes     cifar10_quick  cifar10    ffhq64     imagenet64
-    ("distance",   "l2",      "lpips",       "lpips",   "lpips",   "lpips",   "D: l2, huber or lpips"),
-    ("guidance",   1.0,       1.0,           1.0,       1.0,       1.0,       "weight of L_2step; 0: without"),
-    ("t_low",      0.2,       0.2,           0.2,       0.2,       0.2,       "t from here. official code: 0.2"),
-    ("t_high",     0.8,       0.8,           0.8,       0.8,       0.8,       "t to here. official code: 0.8"),
+    # name          shapes     cifar10_quick  cifar10   ffhq64    imagenet64
+    ("distance",   "l2",      "lpips",       "lpips",  "lpips",  "lpips",    "D: l2, huber or lpips"),
+    ("guidance",   1.0,       1.0,           1.0,      1.0,      1.0,        "weight of L_2step; 0: without"),
+    ("t_low",      0.2,       0.2,           0.2,      0.2,      0.2, "t from here. official code: 0.2"),
+    ("t_high",     0.8,       0.8,           0.8,      0.8,      0.8,        "t to here. official code: 0.8"),
     # `shapes` learns from the pairs that are there already; the paper's best students from the flow's own.
-    ("pairs_from", "teacher", "flow",        "flow",    "flow",    "flow",    "teacher: stage 02's pairs; flow: its own"),
-    ("n_pairs",    2048,      50_000,        50_000,    50_000,    200_000,   "own pairs, with --pairs_from flow"),
-    ("pair_steps", 16,        25,            100,       100,       100,       "Euler steps of each. ours; paper: RK45"),
+    ("pairs_from", "teacher", "flow",        "flow",   "flow",   "flow",
+     "teacher: stage 02's pairs; flow: its own"),
+    ("n_pairs",    2048,      50_000,        50_000,   50_000,   200_000,
+     "own pairs, with --pairs_from flow"),
+    ("pair_steps", 16,        25,            100,      100,      100,
+     "Euler steps of each. ours; paper: RK45"),
     # Training.
-    ("start_from", "flow",    "flow",        "flow",    "flow",    "flow",    "first weights: flow or scratch"),
-    ("steps",      950,       15_000,        400_000,   400_000,   400_000,   "optimiser steps"),
-    ("batch",      32,        128,           128,       128,       128,       "pairs per step, and fresh noises"),
-    ("lr",         1.5e-3,    2e-4,          2e-4,      2e-4,      2e-4,      "learning rate"),
-    ("warmup",     0,         0,             0,         0,         0,         "steps in which lr rises"),
-    ("cooldown",   1.0,       0.5,           0.0,       0.0,       0.0,       "share in which lr falls"),
-    ("ema",        0.995,     0.9995,        0.999999,  0.999999,  0.999999,  "decay of averaged weights"),
-    ("precision",  "auto",    "auto",        "auto",    "auto",    "auto",    "fp32, bf16 or auto"),
+    ("start_from", "flow",    "flow",        "flow",   "flow",   "flow", "first weights: flow or scratch"),
+    ("steps",      950,       15_000,        400_000,  400_000,  400_000,    "optimiser steps"),
+    ("batch",      32,        128,           128,      128,      128, "pairs per step, and fresh noises"),
+    ("lr",         1.5e-3,    2e-4,          2e-4,     2e-4,     2e-4,       "learning rate"),
+    ("warmup",     0,         0,             0,        0,        0,          "steps in which lr rises"),
+    ("cooldown",   1.0,       0.5,           0.0,      0.0,      0.0,        "share in which lr falls"),
+    ("ema",        0.995,     0.9995,        0.999999, 0.999999, 0.999999,   "decay of averaged weights"),
+    ("precision",  "auto",    "auto",        "auto",   "auto",   "auto",     "fp32, bf16 or auto"),
 ]
 
 
@@ -63,7 +70,7 @@ def squared_l2(x, y):
 
 
 def pseudo_huber(x, y):
-    """D(x, y) = sqrt( |x - y|^2 + c^2 ) - c, c = 0.00054 sqrt(pixels): (B,). Song & Dhariwal 2023 (2310.14189)."""
+    """D(x, y) = sqrt( |x - y|^2 + c^2 ) - c, c = 0.00054 sqrt(pixels): (B,). Song & Dhariwal, 2310.14189."""
     c = 0.00054 * math.sqrt(x[0].numel())
     return ((x - y).square().sum(dim=(1, 2, 3)) + c**2).sqrt() - c
 
@@ -76,7 +83,7 @@ def first_step(net, z, labels=None):
 def distill_loss(velocity, z, x, distance):
     """E D( z + v'(z, EPS), x ) on pairs: a scalar. Paper, Eq. 8.
 
-    velocity = v'(z, EPS), the student's first step; z, x: the pairs; all (B, C, H, W). distance(x, y) -> (B,).
+    velocity = v'(z, EPS), the student's first step; z, x: the pairs; all (B, C, H, W). distance(x, y): (B,)
     """
     # D( z + v'(z, EPS), x )
     return distance(z + velocity, x).mean()
@@ -85,7 +92,7 @@ def distill_loss(velocity, z, x, distance):
 def guided_loss(velocity, flow, z, distance, labels=None, t_low=0.2, t_high=0.8):
     """E D( z + v'(z, EPS), x_t + (1 - t) v(x_t, t) ) on fresh noise: a scalar. Paper, Eqs. 11-13.
 
-    velocity = v'(z, EPS), the student's first step (B, C, H, W); flow: v, which is not trained; z (B, C, H, W).
+    velocity = v'(z, EPS), the student's first step, and z: (B, C, H, W); flow: v, which is not trained.
     Paper, Eq. 12, takes v for the first step too; v' is there already and, says the paper, better.
     """
     with torch.no_grad():
@@ -102,7 +109,8 @@ def guided_loss(velocity, flow, z, distance, labels=None, t_low=0.2, t_high=0.8)
 
 def main(cfg):
     device = start(cfg, "04 student")
-    require(cfg.t_low <= cfg.t_high <= 1, f"--t_low {cfg.t_low} --t_high {cfg.t_high}: must rise, and end at 1 at most")
+    require(cfg.t_low <= cfg.t_high <= 1, f"--t_low {cfg.t_low} must not be above --t_high {cfg.t_high}, or "
+            "that above 1")
 
     # 1. The 2-rectified flow v, and the student v' that starts as its copy.
     flow, artifact = load_network(cfg, "03_reflow.pt", device)
@@ -111,7 +119,7 @@ def main(cfg):
         student = on_device(UNet(**flow.args), device, cfg.precision)
     else:
         require(cfg.start_from == "flow", f"--start_from {cfg.start_from}: choose flow or scratch")
-    say(f"student | {sum(p.numel() for p in student.parameters()):,} parameters | starts from {cfg.start_from}")
+    say(f"student | {sum(p.numel() for p in student.parameters()):,} parameters, from {cfg.start_from}")
 
     # 2. The distance D.
     if cfg.distance == "lpips":
@@ -139,7 +147,7 @@ def main(cfg):
         if cfg.guidance == 0:
             trainer.update(distill_loss(first_step(trainer.net, z, y), z, x, distance))
             continue
-        # The student answers for both noises in one call, (2B, 3, H, W); the flow is called once, for the targets.
+        # The student answers for both noises in one call, (2B, 3, H, W); the flow is called once.
         z_new, y_both = torch.randn_like(z), None if y is None else torch.cat([y, y])
         v_pairs, v_new = first_step(trainer.net, torch.cat([z, z_new]), y_both).chunk(2)
         loss = distill_loss(v_pairs, z, x, distance)
@@ -149,7 +157,7 @@ def main(cfg):
     # 5. Keep the averaged weights, and look at them: one call each.
     save_network(cfg, "04_student.pt", trainer.ema, made_from)
     save_grid(cfg.folder / "04_samples.png", samples(trainer.ema, cfg.seed, 64, 1).split(8))
-    say(f"wrote {cfg.folder}/04_student.pt, 04_samples.png | next: {command_for('05', cfg)}")
+    say(f"wrote {cfg.folder}/04_student.pt, 04_samples.png | next: 05_eval_fid.py")
 
 
 # ----------------------------------------------------------------------------------------------------- LPIPS
@@ -163,10 +171,10 @@ LPIPS_SHA256 = "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868
 
 
 class LPIPS(nn.Module):
-    """D(x, y), a learned perceptual distance (Zhang et al. 2018, 1801.03924): VGG16, version 0.1. Not trained here.
+    """D(x, y), a learned perceptual distance (Zhang et al. 2018, 1801.03924): VGG16, version 0.1.
 
-    Maps x, y (B, 3, H, W) in [-1, 1] to (B,). VGG's features are made unit vectors at every position, and their
-    squared differences weighted by channel. The names of the weights are those of the two published files.
+    Maps x, y (B, 3, H, W) in [-1, 1] to (B,). VGG's features are made unit vectors at every position, and
+    their squared differences weighted by channel. The names of the weights are those of the published files.
     """
     WIDTHS = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512)  # of VGG16; 0: halve
     TAPS = {3: 64, 8: 128, 15: 256, 22: 512, 29: 512}  # the layers that are compared, and their widths
@@ -186,7 +194,7 @@ class LPIPS(nn.Module):
         self.requires_grad_(False).eval()
 
     def unit_features(self, x):
-        """Yields (B, C, h, w), of length 1 along C, for each of the five layers. Official code: at 64x64 pixels."""
+        """Yields (B, C, h, w), of length 1 along C, for each of the five layers. Official code: at 64x64."""
         h = (F.interpolate(x, (64, 64), mode="bilinear", align_corners=True) - self.shift) / self.scale
         for i, layer in enumerate(self.features):
             h = layer(h)

@@ -10,8 +10,8 @@ Notation, the same in every script and in the equations:
 
 Images are uint8 on disk, float in [-1, 1] everywhere else. Labels are int64 (B,), or None.
 
-Constants carry their origin: "paper:", "official code:" (only the authors' published code has it), "ours:" (our
-choice). The columns cifar10 and ffhq64 of the settings are the paper's, unless the text says otherwise.
+Constants carry their origin: "paper:", "official code:" (not in the paper) or "ours:" (our choice). In the
+settings, the columns cifar10 and ffhq64 are the paper's, unless the text says otherwise.
 """
 import argparse
 import contextlib
@@ -22,6 +22,7 @@ import io
 import json
 import math
 import os
+import re
 import signal
 import sys
 import tarfile
@@ -40,12 +41,10 @@ PRESETS = ("shapes", "cifar10_quick", "cifar10", "ffhq64", "imagenet64")  # the 
 PRESET = "shapes"  # the column in use; --preset NAME chooses another for one run
 
 # Training draws t from [EPS, 1] and sampling begins at EPS: a network is asked only what it was taught.
-EPS = 1e-3  # official code: 0.001 (diffusion models divide by t; rectified flow inherited the bound)
-
-# Noise is numbered. Each use has its own numbers, so no image that is judged comes from a noise trained on.
+EPS = 1e-3  # official code: 0.001. Diffusion models divide by t; rectified flow inherited their bound
+# Noise is numbered. Each use has numbers of its own: no image that is judged comes from a noise trained on.
 PAIRS, OWN_PAIRS, EVALUATION = 0, 10**9, 2 * 10**9
-
-# `torchrun --nproc_per_node=8 01_train_teacher.py` starts 8 processes, one for each GPU. Otherwise there is one: 0.
+# `torchrun --nproc_per_node=8 01_train_teacher.py` starts 8 processes, one for each GPU; else there is 1.
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -66,10 +65,7 @@ def int_tuple(text):
 
 
 def read_settings(table, doc, argv=None):
-    """A script's settings as attributes: the preset's column of the table, then what the command line says.
-
-    Each row of the table, (name, a value for each of PRESETS, text), is an option --name of the value's type.
-    """
+    """A script's settings as attributes: the preset's column of its table, then the command line's."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", default=PRESET, choices=PRESETS, help=f"column of the settings [{PRESET}]")
     preset = first.parse_known_args(argv)[0].preset
@@ -77,9 +73,9 @@ def read_settings(table, doc, argv=None):
                                      parents=[first], allow_abbrev=False)
     parser.add_argument("--out", default="out", help="results go into <out>/<preset>/ [out]")
     parser.add_argument("--seed", type=int, default=0, help="everything random follows from it [0]")
-    parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1, mps [auto]")
+    parser.add_argument("--device", default="auto", help="auto (a GPU if any), cpu, cuda, cuda:1 or mps")
     parser.add_argument("--restart", action="store_true", help="start over instead of continuing")
-    parser.add_argument("--allow_mixed", action="store_true", help="take files that were not made from one another")
+    parser.add_argument("--allow_mixed", action="store_true", help="take files not made from one another")
     for name, *values, text in table:
         value = values[PRESETS.index(preset)]
         how = {"type": int_tuple if isinstance(value, tuple) else type(value)}
@@ -95,9 +91,9 @@ def read_settings(table, doc, argv=None):
 
 
 def settings_of(cfg):
-    """The settings that a result depends on, as a dict. (Data is known by its content, not by its path.)"""
-    others = ("out", "folder", "device", "restart", "allow_mixed", "data")
-    return {name: value for name, value in vars(cfg).items() if name not in others}
+    """The settings that a result depends on, as a dict."""
+    return {name: value for name, value in vars(cfg).items()
+            if name not in ("out", "folder", "device", "restart", "allow_mixed")}
 
 
 def require_same_run(path, then, now):
@@ -123,26 +119,23 @@ def run(main, table, doc, argv=None):
 
 
 def start(cfg, name):
-    """Joins the other processes if there are any, prints the settings, and returns the torch.device to use."""
-    gpu = cfg.device in ("auto", "cuda") and torch.cuda.is_available()
-    if WORLD > 1 and not dist.is_initialized():  # whoever waits for another process for 10 minutes gives up
-        dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=datetime.timedelta(minutes=10))
+    """Joins the other processes if there are any, prints the settings, and returns the torch.device."""
+    if WORLD > 1 and not dist.is_initialized():  # a process that waits for others for 10 minutes gives up
+        dist.init_process_group(timeout=datetime.timedelta(minutes=10))
+    device = cfg.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
+    has_bf16 = torch.cpu.get_capabilities().get("avx512_bf16", False)
     try:
-        device = torch.device("cpu" if cfg.device == "auto" else cfg.device)
-        if gpu:
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.empty(0, device=device)
+        if device == "cuda":
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+            torch.backends.cudnn.allow_tf32 = False  # fp32 means float32
+            has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        device = torch.zeros(1, device=device).device
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {cfg.device} cannot be used: {str(error).splitlines()[0]}") from error
-    has_bf16 = torch.cpu.get_capabilities().get("avx512_bf16", False)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.backends.cudnn.allow_tf32 = False  # "fp32" means float32
-        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     if getattr(cfg, "precision", "") == "auto":
         cfg.precision = "bf16" if has_bf16 else "fp32"
     torch.manual_seed(cfg.seed)  # the networks' first weights
-    say(f"{name} | {device}, {torch.get_num_threads()} threads, {WORLD} process(es) | torch {torch.__version__}")
+    say(f"{name} | {device} x {WORLD}, {torch.get_num_threads()} threads | torch {torch.__version__}")
     say("settings | " + " ".join(f"{key}={value}" for key, value in settings_of(cfg).items()))
     return device
 
@@ -153,25 +146,15 @@ def say(text):
         print(text, flush=True)
 
 
-@contextlib.contextmanager
-def process_0_first():
-    """Process 0 goes through the block and makes a file; then the others do, and find it."""
-    if RANK > 0:
-        dist.barrier()
-    yield
-    if RANK == 0 and WORLD > 1:
+def wait_for_all():
+    """Returns when every process has come here."""
+    if WORLD > 1:
         dist.barrier()
 
 
 # ----------------------------------------------------------------------------------------- files and pictures
-# An artifact (.pt) is a dict: the run's preset and settings; `id`, a fingerprint of its content; `made_from`,
-# {file name: id} of all that it was made from, so that nothing is mixed unnoticed; and tensors, numbers, strings.
-
-def command_for(name, cfg):
-    """The command that makes an artifact: the script whose number it carries."""
-    script = next(Path(__file__).parent.glob(f"{name[:2]}_*.py")).name
-    return f"python {script} --preset {cfg.preset}" + (f" --out {cfg.out}" if cfg.out != "out" else "")
-
+# An artifact (.pt) is a dict. Its `id` is a fingerprint of its content; `made_from` is {file name: id} of all that
+# it was made from, so that nothing is mixed unnoticed.
 
 def fingerprint(*tensors):
     """16 hexadecimal digits that change with any bit of the tensors."""
@@ -183,7 +166,7 @@ def fingerprint(*tensors):
 
 @contextlib.contextmanager
 def writing(path):
-    """`with writing(path) as file:` gives a binary file that gets its name only when it is complete. UserError."""
+    """`with writing(path) as file:` gives a binary file that gets its name only when it is complete."""
     temporary = Path(f"{path}.tmp")
     try:
         temporary.parent.mkdir(parents=True, exist_ok=True)
@@ -191,7 +174,7 @@ def writing(path):
             yield file
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save turns an OSError into a RuntimeError
-        raise UserError(f"could not write {path}: {error.__context__ or error}; nothing was replaced") from error
+        raise UserError(f"could not write {path}, kept the old one: {error.__context__ or error}") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -211,35 +194,31 @@ def read(path):
             require(archive.testzip() is None, "a checksum is wrong")
         return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
     except Exception as error:  # a damaged zip can fail in a dozen ways
-        raise UserError(f"{path} is damaged or not one of ours ({' '.join(str(error).split())[:60]})") from error
+        raise UserError(f"{path} is damaged or not one of ours ({str(error)[:60]!r})") from error
 
 
 def load(cfg, name):
-    """The artifact <out>/<preset>/<name>. Its "lineage" is the made_from of whatever is made from it.
-
-    Raises UserError, with the command that makes it again, if it is missing, damaged, of another preset, or if
-    something that it was made from has been replaced since.
-    """
-    path, remedy = cfg.folder / name, f"make it with: {command_for(name, cfg)}"
-    require(path.exists(), f"{path} is missing; {remedy}")
+    """The artifact <out>/<preset>/<name>. Its "lineage" is the made_from of whatever is made from it."""
+    path, stage = cfg.folder / name, f"Run stage {name[:2]} for --preset {cfg.preset} --out {cfg.out}"
+    require(path.exists(), f"{path} is missing. {stage} first")
     try:
         artifact = read(path)
         require(artifact["preset"] == cfg.preset, f"{path} was made with --preset {artifact['preset']}")
         for parent, identity in artifact["made_from"].items():
             if (cfg.folder / parent).exists() and not cfg.allow_mixed:
-                require(read(cfg.folder / parent)["id"] == identity, f"{path} is out of date: it was made from "
-                        f"another {parent} than the one beside it")
-        return {**artifact, "lineage": {**artifact["made_from"], name: artifact["id"]}}
+                require(read(cfg.folder / parent)["id"] == identity,
+                        f"{path} is out of date: it was made from another {parent} than the one beside it")
     except (UserError, KeyError) as error:
-        raise UserError(f"{error}; {remedy} --restart") from error
+        raise UserError(f"{error}. {stage} again, with --restart") from error
+    return {**artifact, "lineage": {**artifact["made_from"], name: artifact["id"]}}
 
 
 def save_network(cfg, name, net, made_from):
     """Process 0 writes the weights, and the arguments that build the network, as <out>/<preset>/<name>."""
     if RANK == 0:
         weights = {key: value.cpu() for key, value in net.state_dict().items()}
-        save(cfg.folder / name, preset=cfg.preset, settings=settings_of(cfg), network=net.args, weights=weights,
-             id=fingerprint(*weights.values()), made_from=made_from)
+        save(cfg.folder / name, id=fingerprint(*weights.values()), made_from=made_from, preset=cfg.preset,
+             settings=settings_of(cfg), network=net.args, weights=weights)
 
 
 def load_network(cfg, name, device):
@@ -251,21 +230,18 @@ def load_network(cfg, name, device):
 
 
 def download(url, sha256, instead):
-    """data/<file name>, a published file: downloaded if it is not there. Its sha256 begins with `sha256`.
-
-    Raises UserError if it cannot be had; `instead` says what the user can do without it.
-    """
+    """The path data/<file name> of a published file, downloaded once. UserError says what to do `instead`."""
     path = Path("data", url.split("/")[-1])
     try:
-        with process_0_first():
-            if not path.exists():
-                path.parent.mkdir(exist_ok=True)
-                say(f"downloading {url}")
-                torch.hub.download_url_to_file(url, path, hash_prefix=sha256)
+        if RANK == 0 and not path.exists():
+            path.parent.mkdir(exist_ok=True)
+            say(f"downloading {url}")
+            torch.hub.download_url_to_file(url, path, hash_prefix=sha256)
+        wait_for_all()
         found = hashlib.sha256(path.read_bytes()).hexdigest()
         require(found.startswith(sha256), f"the sha256 of {path} is {found}")
     except (OSError, RuntimeError, UserError) as error:
-        raise UserError(f"{url} is needed ({error}). Put it at {path}, or {instead}") from error
+        raise UserError(f"no {url} ({error}). Put it at {path}, or {instead}") from error
     return path
 
 
@@ -275,12 +251,12 @@ def save_grid(path, rows, titles=None):
     cell, bar = size * max(1, 64 // size) + 2, 18 if titles else 0
     canvas = Image.new("RGB", (len(rows[0]) * cell + 2, len(rows) * (cell + bar) + 2), "white")
     for r, row in enumerate(rows):
-        top = 2 + r * (cell + bar)
         if titles:
-            ImageDraw.Draw(canvas).text((4, top), titles[r], "black", ImageFont.load_default(12))
+            draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(12)
+            draw.text((4, r * (cell + bar) + 2), titles[r], "black", font)
         for i, image in enumerate(to_uint8(row.cpu())):
             tile = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((cell - 2, cell - 2), Image.NEAREST)
-            canvas.paste(tile, (2 + i * cell, top + bar))
+            canvas.paste(tile, (i * cell + 2, r * (cell + bar) + bar + 2))
     with writing(path) as file:
         canvas.save(file, "PNG")
 
@@ -307,9 +283,8 @@ def noise_for(seed, indices, shape):
     """Noise z ~ N(0, I) for each index, float32 (len(indices), *shape): a function of (seed, index) alone."""
     noise = torch.empty(len(indices), *shape)
     for row, index in zip(noise.numpy(), indices):
-        # Philox is a random generator with a key.
-        generator = np.random.Generator(np.random.Philox(key=np.array([seed, index], dtype=np.uint64)))
-        generator.standard_normal(out=row, dtype=np.float32)
+        philox = np.random.Philox(key=np.array([seed, index], dtype=np.uint64))  # a generator with a key
+        np.random.Generator(philox).standard_normal(out=row, dtype=np.float32)
     return noise
 
 
@@ -319,11 +294,8 @@ def labels_for(seed, n, classes):
 
 
 def draw_shapes(n, image_size, seed=0):
-    """n drawings of a circle, square or triangle on a dark ground, always the same for a seed.
-
-    Returns images uint8 (n, 3, H, W) and attributes float32 (n, 5): shape 0..2, colour 0..5, then centre x,
-    centre y and radius in units of the image's side.
-    """
+    """n drawings of a circle, square or triangle, always the same for a seed: images uint8 (n, 3, H, W), and
+    their attributes float32 (n, 5): shape, colour, centre x and y, radius (in units of the image's side)."""
     rng = np.random.default_rng(seed)
     shape, colour = rng.integers(len(SHAPES), size=n), rng.integers(len(COLOURS), size=n)
     radius = rng.uniform(0.18, 0.34, size=n)
@@ -333,26 +305,26 @@ def draw_shapes(n, image_size, seed=0):
     images = np.empty((n, 3, image_size, image_size), dtype=np.uint8)
     pixel = (np.arange(image_size) + 0.5) / image_size
     for i in range(n):
-        x = np.abs(pixel[None, :] - centre_x[i]) / radius[i]  # (1, W), in radii; all three shapes are symmetric
+        x = np.abs(pixel[None, :] - centre_x[i]) / radius[i]  # (1, W), in radii; all shapes are symmetric
         y = (pixel[:, None] - centre_y[i]) / radius[i]  # (H, 1), downwards
-        outline = (np.hypot(x, y) - 1, np.maximum(x, np.abs(y)) - 0.85,
-                   np.maximum(0.884 * x - 0.467 * (y + 1), y - 0.8))  # distance from it in radii, negative inside
+        # The distance from the outline, in radii, negative inside: of each shape.
+        distance = (np.hypot(x, y) - 1, np.maximum(x, np.abs(y)) - 0.85,
+                    np.maximum(0.884 * x - 0.467 * (y + 1), y - 0.8))[shape[i]]
         # Antialiasing: a pixel within half a pixel of the outline is covered in part.
-        cover = np.clip(0.5 - outline[shape[i]] * radius[i] * image_size, 0, 1)
-        images[i] = (cover * ink[i, :, None, None] + (1 - cover) * ground[i, :, None, None]).round().clip(0, 255)
+        cover = np.clip(0.5 - distance * radius[i] * image_size, 0, 1)
+        pixels = cover * ink[i, :, None, None] + (1 - cover) * ground[i, :, None, None]
+        images[i] = pixels.round().clip(0, 255)
     attributes = np.stack([shape, colour, centre_x, centre_y, radius], axis=1)
     return torch.from_numpy(images), torch.from_numpy(attributes).float()
 
 
 def load_images(source, image_size):
-    """A data set: images uint8 (N, 3, H, W), and labels int64 (N,) or None.
+    """A data set: images uint8 (N, 3, H, W), and labels int64 (N,) or None. UserError names a wrong file.
 
-    source      "shapes" (drawn here; label = 6 shape + colour), "cifar10" (downloaded), or a path: CIFAR-10's
-                binary version (.tar.gz), or a folder or zip of PNG, JPEG and WebP images, with labels as EDM has
-                them in dataset.json, {"labels": [["a/0.png", 3], ...]}, or else with a class for every folder
+    source      "shapes" (drawn; label = 6 shape + colour), "cifar10" (downloaded), or a path: of CIFAR-10's
+                binary version (.tar.gz), or of a folder or zip of images. There, as in EDM, dataset.json has
+                the labels, {"labels": [["a/0.png", 3], ...]}; without it each folder is a class
     image_size  other sizes are cropped to the centre square and resized; None: all have one size already
-
-    Raises UserError for a source that is missing, empty or damaged, and names the file.
     """
     if source == "shapes":
         images, attributes = draw_shapes(16_384, image_size or 16)
@@ -369,8 +341,8 @@ def read_cifar10(path, image_size):
     require(image_size in (None, 32), f"{path} holds 32x32 images: set --image_size 32, not {image_size}")
     try:
         with tarfile.open(path) as archive:  # nothing is unpacked to the disk
-            members = {Path(member.name).name: member for member in archive if member.size <= LARGEST_FILE}
-            files = [archive.extractfile(members[f"data_batch_{i}.bin"]).read() for i in range(1, 6)]
+            files = [archive.extractfile(f"cifar-10-batches-bin/data_batch_{i}.bin").read(30_730_000)
+                     for i in range(1, 6)]
         table = torch.frombuffer(bytearray().join(files), dtype=torch.uint8).view(50_000, 3073)
     except Exception as error:  # a damaged archive can fail in many ways
         raise UserError(f"{path} is not CIFAR-10 in its binary version, or is damaged: {error}") from error
@@ -378,24 +350,22 @@ def read_cifar10(path, image_size):
 
 
 def read_files(path, image_size):
-    """load_images for a folder or zip: decoded once into data/cache/<key>.npy, which is then memory-mapped."""
+    """load_images for a folder or zip: decoded once into data/cache/<key>.npy, then memory-mapped."""
     # 1. The files: {name: (bytes, date or checksum)}.
-    try:
-        archive = None if path.is_dir() else zipfile.ZipFile(path)
-    except (zipfile.BadZipFile, OSError) as error:
-        raise UserError(f"{path} is neither a folder nor a zip that can be read: {error}") from error
-    if archive:
-        files = {info.filename: (info.file_size, info.CRC) for info in archive.infolist() if not info.is_dir()}
-    else:
+    require(path.is_dir() or zipfile.is_zipfile(path), f"{path} is neither a folder nor a readable zip")
+    if path.is_dir():
         stats = {file.relative_to(path).as_posix(): file.stat() for file in path.rglob("*") if file.is_file()}
         files = {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
-    names = [name for name in sorted(files) if name != "dataset.json" and "__MACOSX" not in name
-             and not name.split("/")[-1].startswith((".", "Thumbs.db"))]
+    else:
+        archive = zipfile.ZipFile(path)
+        files = {info.filename: (info.file_size, info.CRC) for info in archive.infolist()}
+    ignored = re.compile(r"(^|/)(\.[^/]*|__MACOSX/.*|Thumbs\.db|dataset\.json)$|/$")
+    names = [name for name in sorted(files) if not ignored.search(name)]
     require(names, f"{path} holds no PNG, JPEG or WebP images")
 
     def content(name):
         require(files[name][0] <= LARGEST_FILE, f"it has more than {LARGEST_FILE:,} bytes")
-        return archive.read(name) if archive else (path / name).read_bytes()
+        return (path / name).read_bytes() if path.is_dir() else archive.read(name)
 
     # 2. Labels.
     labels, folders = None, sorted({name.rpartition("/")[0] for name in names})
@@ -404,49 +374,43 @@ def read_files(path, image_size):
             given = dict(json.loads(content("dataset.json"))["labels"] or {})
             labels = [given.pop(name) for name in names] if given else None
             require(not given, f"{list(given)[:1]} is not there")
-            require(all(type(label) is int and label >= 0 for label in labels or []), "a label is no integer from 0")
+            require(all(type(label) is int and label >= 0 for label in labels or []), "labels are 0, 1, ...")
         except (KeyError, TypeError, ValueError) as error:  # a KeyError names the image without a label
-            raise UserError(f'{path}: dataset.json must be {{"labels": [["a/0.png", 3], ...]}}, with every image, or '
-                            f'{{"labels": null}}; wrong is: {error}') from error
+            raise UserError(f'{path}: dataset.json must be {{"labels": null}} or {{"labels": [["a/0.png", 3], ...]}}'
+                            f" with all images, and has this wrong: {error}") from error
     elif len(folders) > 1:
         labels = [folders.index(name.rpartition("/")[0]) for name in names]
 
     # 3. The pixels.
-    key = hashlib.sha256(repr((str(path.resolve()), image_size, sorted(files.items()))).encode()).hexdigest()[:16]
-    cache, shape = Path("data", "cache", f"{key}.npy"), None
-    with process_0_first(), contextlib.ExitStack() as stack:
-        for name in [] if cache.exists() else names:
+    version = repr((str(path.resolve()), image_size, sorted(files.items()))).encode()
+    cache, shape = Path("data", "cache", f"{hashlib.sha256(version).hexdigest()[:16]}.npy"), None
+    with contextlib.ExitStack() as stack:
+        for name in names if RANK == 0 and not cache.exists() else []:
             try:
-                image = decode(content(name), image_size)
-                require(shape in (None, image.shape), f"it is {image.shape}, and the first image is {shape}")
+                with Image.open(io.BytesIO(content(name)), formats=("PNG", "JPEG", "WEBP")) as image:
+                    image = ImageOps.exif_transpose(image)  # a phone's photo may lie on its side, and says so
+                if image.mode.startswith("I"):  # 16-bit grey
+                    image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+                if image_size:  # the centre square, resized
+                    image = ImageOps.fit(image.convert("RGB"), (image_size, image_size), Image.LANCZOS)
+                pixels = np.asarray(image.convert("RGB")).transpose(2, 0, 1)
+                require(shape in (None, pixels.shape), f"it is {pixels.shape}, and the first one is {shape}")
             except Exception as error:  # so can a damaged image
-                raise UserError(f"{path}: {name} is not a PNG, JPEG or WebP image that can be read ({error}); mend or "
-                                "remove it") from error
+                raise UserError(f"{path}: {name} is no usable PNG, JPEG or WebP image ({error})") from error
             if shape is None:
                 say(f"reading {len(names):,} images from {path} into {cache}")
-                file, shape = stack.enter_context(writing(cache)), image.shape
+                file, shape = stack.enter_context(writing(cache)), pixels.shape
                 header = {"descr": "|u1", "fortran_order": False, "shape": (len(names), *shape)}
                 np.lib.format.write_array_header_1_0(file, header)
-            file.write(image.tobytes())
+            file.write(pixels.tobytes())
+    wait_for_all()
     # Mode "c": a tensor has to be writable, but what is written never reaches the file.
     return torch.from_numpy(np.load(cache, mmap_mode="c")), None if labels is None else torch.tensor(labels)
 
 
-def decode(content, image_size):
-    """The bytes of an image file -> uint8 (3, image_size, image_size): RGB, the centre square, resized."""
-    with Image.open(io.BytesIO(content), formats=("PNG", "JPEG", "WEBP")) as image:
-        image = ImageOps.exif_transpose(image)  # a phone's photo may lie on its side, and says so
-    if image.mode.startswith("I"):  # 16-bit grey
-        image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
-    image = image.convert("RGB")
-    if image_size:
-        image = ImageOps.fit(image, (image_size, image_size), Image.LANCZOS)
-    return np.asarray(image).transpose(2, 0, 1)
-
-
 # ----------------------------------------------------------------------------------------------------- U-Net
-# The paper's network: NCSN++ in its "DDPM++" form, which is also EDM's SongUNet. An encoder halves the image step
-# by step, a decoder doubles it again, and each decoder block also gets what the encoder left at its size: a skip.
+# The paper's network: NCSN++ in its "DDPM++" form, also EDM's SongUNet. An encoder halves the image step by
+# step, a decoder doubles it again, and gets at each size what the encoder left there: the skips.
 # The student of `shapes` (image_size 16, base 16, mult (1, 2, 2), blocks 1, attn (8,)), channels and size:
 #
 #     conv_in                              3 -> 16   16x16   leaves 16
@@ -460,8 +424,8 @@ def decode(content, image_size):
 #              doubling; 2 blocks         32 -> 16   16x16   take 16, 16
 #     conv_out                            16 -> 3    16x16
 
-# Official code: the scale of every branch's last layer. At first each block passes on its input, and the network
-# answers 0; training adds to that little by little, which is how deep networks learn best.
+# Official code: the scale of every branch's last layer. At first each block just passes on its input, and the
+# network answers 0; training adds to that little by little, which is how deep networks learn best.
 NEARLY_ZERO = 1e-10
 
 
@@ -474,8 +438,7 @@ def init_(layer, scale=1.0):
 
 def group_norm(channels):
     groups = min(channels // 4, 32)
-    require(groups and channels % groups == 0, f"{channels} channels make no {groups} equal groups: choose a base that "
-            "is a multiple of 32 (or of 4, while no layer has more than 128 channels)")
+    require(groups and channels % groups == 0, f"{channels} channels make no {groups} groups: set base to 32, 64 ...")
     return nn.GroupNorm(groups, channels, eps=1e-6)
 
 
@@ -523,30 +486,27 @@ class ResBlock(nn.Module):
 
 
 class UNet(nn.Module):
-    """The velocity network v(x_t, t).
+    """The velocity network v(x_t, t): base * mult[i] channels and `blocks` residual blocks on level i.
 
-    image_size  height and width of the images; must halve len(mult) - 1 times
-    base, mult  channels of the first level, and of each level in multiples of it; blocks per level
-    attn        sizes at which attention follows the blocks (and always in the middle)
-    classes     number of class labels, 0 for none
+    Attention follows the blocks at the sizes `attn`, and always in the middle. classes: of labels, or 0.
     """
     precision = "fp32"  # "bf16": convolutions and matrix products in bfloat16, all else in float32
 
-    def __init__(self, image_size, channels=3, base=64, mult=(1, 2, 2), blocks=2, attn=(16,), classes=0, dropout=0.0):
+    def __init__(self, image_size, channels=3, base=64, mult=(1, 2, 2), blocks=2, attn=(16,), classes=0,
+                 dropout=0.0):
         super().__init__()
         self.args = dict(image_size=image_size, channels=channels, base=base, mult=tuple(mult), blocks=blocks,
                          attn=tuple(attn), classes=classes, dropout=dropout)
         halvings = len(mult) - 1
-        require(base >= 4 and blocks >= 1 and min(mult) >= 1 and dropout < 1, "the network needs base >= 4, blocks "
-                f">= 1, mult >= 1 and dropout < 1, not {base}, {blocks}, {tuple(mult)} and {dropout}")
-        require(image_size and image_size % 2**halvings == 0, f"image_size {image_size} cannot be halved {halvings} "
-                f"times, as mult {tuple(mult)} asks for: it must be a multiple of {2**halvings}")
+        require(base >= 4 and blocks >= 1 and min(mult) >= 1 and dropout < 1, "a network needs base >= 4, "
+                f"blocks >= 1, mult >= 1, dropout < 1, not {base}, {blocks}, {tuple(mult)}, {dropout}")
+        require(image_size and image_size % 2**halvings == 0, f"image_size {image_size} must be a multiple "
+                f"of {2**halvings}: mult {tuple(mult)} halves it {halvings} times")
         c_emb = 4 * base
         self.time0, self.time1 = init_(nn.Linear(base, c_emb)), init_(nn.Linear(c_emb, c_emb))
         self.label = init_(nn.Linear(classes, base)) if classes else None
-        # From 1 to 1/10000 in equal ratios: (base / 2,).
         frequencies = torch.exp(torch.arange(base // 2) * -(math.log(10_000) / (base // 2 - 1)))
-        self.register_buffer("frequencies", frequencies, persistent=False)
+        self.register_buffer("frequencies", frequencies, persistent=False)  # from 1 to 1/10000
         self.conv_in = init_(nn.Conv2d(channels, base, 3, padding=1))
 
         c, size, skips = base, image_size, [base]  # skips: the channels that the encoder leaves
@@ -574,8 +534,8 @@ class UNet(nn.Module):
 
     def embed(self, t, labels):
         """Time (B,) in [0, 1], and labels (B,) where there are classes -> (B, 4 base)."""
-        assert (labels is None) == (self.label is None), "labels are for networks with classes, and only for them"
-        # Official code: 999 t, because this embedding was made for step numbers from 0 to 999.
+        assert (labels is None) == (self.label is None), "labels are for networks with classes"
+        # Official code: 999 t, since this embedding was made for step numbers from 0 to 999.
         angles = 999 * t[:, None] * self.frequencies  # (B, base / 2)
         emb = torch.cat([angles.sin(), angles.cos()], dim=1)  # (B, base)
         if labels is not None:
@@ -603,7 +563,7 @@ class UNet(nn.Module):
 
 
 def on_device(net, device, precision):
-    """The network on the device, computing in fp32 or bf16. CPUs are 10 % faster in fp32 with the channels last."""
+    """The network on the device, computing in fp32 or bf16. CPUs are faster in fp32 with channels last."""
     net.precision = precision
     last = device.type == "cpu" and precision == "fp32"
     return net.to(device, memory_format=torch.channels_last if last else torch.contiguous_format)
@@ -613,31 +573,28 @@ def on_device(net, device, precision):
 
 @torch.no_grad()
 def euler(net, z, steps, labels=None):
-    """Follows dx/dt = v(x, t) from noise z (B, C, H, W) to an image in about [-1, 1], in `steps` network calls.
-
-    One step is x = z + v(z, EPS). Official code: N steps of 1/N, although times begin at EPS.
-    """
+    """Follows dx/dt = v(x, t) from noise z (B, C, H, W) to images (B, C, H, W), in `steps` network calls."""
     x = z
     for i in range(steps):
-        # x <- x + v(x, t_i) / N,  t_i = EPS + (1 - EPS) i / N
+        # x <- x + v(x, t_i) / N,  t_i = EPS + (1 - EPS) i / N.  One step: x = z + v(z, EPS)
         t = torch.full(x.shape[:1], EPS + (1 - EPS) * i / steps, device=x.device)
         x = x + net(x, t, labels) / steps
     return x
 
 
 def samples(net, seed, n, steps):
-    """The first n (n, 3, H, W) of the images that stage 05 judges, from the same noise and labels; on the CPU."""
-    device, args, labels = net.conv_in.weight.device, net.args, labels_for(seed, n, net.args["classes"])
-    z = noise_for(seed, range(EVALUATION, EVALUATION + n), (args["channels"], args["image_size"], args["image_size"]))
-    return euler(net, z.to(device), steps, None if labels is None else labels.to(device)).cpu()
+    """The first n (n, 3, H, W) of the images that stage 05 judges, from the same noise and labels."""
+    device, size = net.conv_in.weight.device, net.args["image_size"]
+    y = labels_for(seed, n, net.args["classes"])
+    z = noise_for(seed, range(EVALUATION, EVALUATION + n), (net.args["channels"], size, size))
+    return euler(net, z.to(device), steps, None if y is None else y.to(device)).cpu()
 
 
 LOG_SECONDS, SAVE_SECONDS = 10, 300  # ours: between two log lines, and between two saved states
-CLIP = 1.0  # paper: the gradient's norm is clipped at 1
 
 
 def learning_rate(step, cfg):
-    """Rises over the first cfg.warmup steps, and falls to 0 over the last cfg.cooldown (a fraction of all)."""
+    """Rises over the first cfg.warmup steps, and falls to 0 over the last cfg.cooldown (a share of all)."""
     rise = min(1.0, (step + 1) / max(1, cfg.warmup))
     fall = min(1.0, (cfg.steps - step) / max(1.0, cfg.cooldown * cfg.steps))
     return cfg.lr * rise * fall
@@ -647,53 +604,50 @@ def learning_rate(step, cfg):
 def ema_update(ema, net, decay, n):
     """theta' <- d theta' + (1 - d) theta,  d = min(decay, (1 + n) / (10 + n)),  n = updates with this one.
 
-    The weights theta jitter from batch to batch. Their moving average theta' does not, and makes better images.
-    At first d is small, because the first weights are not worth remembering.
+    The weights theta jitter from batch to batch; their moving average theta' does not, and makes better images.
+    d is small at first, because the first weights are not worth remembering.
     """
     d = min(decay, (1 + n) / (10 + n))
     torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - d)
 
 
 class Trainer:
-    """What surrounds a training step: Adam, clipping, learning rate, EMA, log lines, resuming, many processes.
+    """What surrounds a training step: Adam, clipping, learning rate, EMA, log lines, resuming, processes.
 
-        trainer = Trainer(cfg, "01 teacher", net, made_from)
-        for step in trainer.steps():      # from 0, or from where the last run stopped
-            loss = ... trainer.net ...    # of trainer.batch images
-            trainer.update(loss)          # backward, clip, Adam, EMA
-        trainer.ema                       # the averaged network: only this one makes images and is saved
-
-    Before each step torch's generators are seeded from (seed, step, process): a run that continues draws what the
-    unbroken one would have drawn, and no random state has to be saved.
+    The loop is `for step in trainer.steps()`. It calls trainer.net on trainer.batch images, and ends in
+    trainer.update(loss). trainer.ema is the averaged network: only this one makes images and is saved.
+    Before each step torch's generators are seeded from (seed, step, process): a run that continues draws what
+    the unbroken one would have drawn, and no random state has to be saved.
     """
 
     def __init__(self, cfg, name, net, made_from):
-        require(cfg.steps and cfg.batch and cfg.batch % WORLD == 0, f"--steps {cfg.steps}, --batch {cfg.batch}: both "
-                f"must be at least 1, and the batch a multiple of the {WORLD} processes")
+        require(cfg.steps and cfg.batch and cfg.batch % WORLD == 0, f"--steps {cfg.steps}, --batch {cfg.batch}: "
+                f"at least 1 each, and the batch a multiple of the {WORLD} processes")
         self.cfg, self.name, self.path = cfg, name, cfg.folder / f"{name[:2]}_state.pt"
         self.batch = cfg.batch // WORLD  # of this process
         self.trained = net.train()  # with dropout
         self.ema = copy.deepcopy(net).eval().requires_grad_(False)  # without
         # paper: Adam with these betas and eps
         self.optimizer = torch.optim.Adam(net.parameters(), cfg.lr, betas=(0.9, 0.999), eps=1e-8, fused=True)
-        self.losses, self.recent, self.note = [], [], ""  # recent: (loss, gradient norm) of steps not yet read
-        self.run = {**settings_of(cfg), "made from": made_from}
+        self.done, self.recent, self.note = 0, [], ""  # steps done; of the last ones (loss, gradient norm)
+        # To continue, these must be the same. Data is known by its fingerprint, not by its path.
+        self.run = {**settings_of(cfg), "data": "", "made from": made_from}
         if cfg.restart and RANK == 0:
             self.path.unlink(missing_ok=True)
         if self.path.exists() and not cfg.restart:
             state = read(self.path)
             require_same_run(self.path, state["run"], self.run)
-            net.load_state_dict(state["weights"])
+            self.trained.load_state_dict(state["weights"])
             self.ema.load_state_dict(state["ema"])
             self.optimizer.load_state_dict(state["optimizer"])
-            self.losses = state["losses"].tolist()
-            say(f"{name} | continues after step {len(self.losses)} of {cfg.steps}, from {self.path}")
+            self.done = state["done"]
+            say(f"{name} | continues after step {self.done} of {cfg.steps}, from {self.path}")
         # Averages the gradients of all processes.
         self.net = nn.parallel.DistributedDataParallel(net) if WORLD > 1 else net
 
     def steps(self):
         """Yields the number of each step. In between it logs, saves, and ends the run when asked to."""
-        cfg, first, asked_to_stop = self.cfg, len(self.losses), []
+        cfg, first, asked_to_stop = self.cfg, self.done, []
         if WORLD == 1:  # one process finishes its step; several end at once, and continue from the last state
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, lambda *_: asked_to_stop.append(True))
@@ -702,43 +656,43 @@ class Trainer:
             seeds = np.random.SeedSequence(cfg.seed, spawn_key=(step, RANK))
             torch.manual_seed(int(seeds.generate_state(1)[0]))
             yield step
-            done, now = step + 1, time.time()
-            end, save_now = done == cfg.steps or bool(asked_to_stop), now - saved > SAVE_SECONDS
-            if end or save_now or now - logged > LOG_SECONDS:
-                loss, logged = self.read_recent(), now
-                speed = (done - first) / (now - began)  # steps per second
-                say(f"{self.name} | step {done:>6}/{cfg.steps} | loss {loss:.4f} | {self.note}lr "
+            end, now = self.done == cfg.steps or bool(asked_to_stop), time.time()
+            save_now = end or now - saved > SAVE_SECONDS
+            if save_now or now - logged > LOG_SECONDS:
+                logged, loss, speed = now, self.mean_loss(), (self.done - first) / (now - began)
+                say(f"{self.name} | step {self.done:>6}/{cfg.steps} | loss {loss:.4f} | {self.note}lr "
                     f"{learning_rate(step, cfg):.1e} | {cfg.batch * speed:.0f} img/s | left "
-                    f"{datetime.timedelta(seconds=round((cfg.steps - done) / speed))}")
-            if end or save_now:
+                    f"{datetime.timedelta(seconds=round((cfg.steps - self.done) / speed))}")
+            if save_now:
                 saved = now
                 if RANK == 0:
-                    save(self.path, run=self.run, weights=self.trained.state_dict(), ema=self.ema.state_dict(),
-                         optimizer=self.optimizer.state_dict(), losses=torch.tensor(self.losses))
-            if end and done < cfg.steps:
-                raise KeyboardInterrupt(f"stopped after step {done} of {cfg.steps}: {self.path} keeps it, and the "
-                                        "same command continues (without --restart)")
+                    save(self.path, run=self.run, done=self.done, weights=self.trained.state_dict(),
+                         ema=self.ema.state_dict(), optimizer=self.optimizer.state_dict())
+            if end and self.done < cfg.steps:
+                raise KeyboardInterrupt(f"stopped after step {self.done} of {cfg.steps}: {self.path} has it, and "
+                                        "the same command (without --restart) continues")
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.default_int_handler)
 
     def update(self, loss, note=""):
         """One step of Adam down the gradient of `loss`, and one of the EMA. `note` is for the log line."""
-        step = len(self.losses) + len(self.recent)
         self.optimizer.zero_grad()
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.trained.parameters(), CLIP)
-        self.optimizer.param_groups[0]["lr"] = learning_rate(step, self.cfg)
+        norm = nn.utils.clip_grad_norm_(self.trained.parameters(), 1.0)  # paper: 1
+        self.optimizer.param_groups[0]["lr"] = learning_rate(self.done, self.cfg)
         self.optimizer.step()
-        ema_update(self.ema, self.trained, self.cfg.ema, step + 1)
+        self.done += 1
+        ema_update(self.ema, self.trained, self.cfg.ema, self.done)
         self.recent.append(torch.stack([loss.detach(), norm]))  # to read it here would be to wait for the GPU
         self.note = f"{note} | " if note else ""
 
-    def read_recent(self):
-        """The mean loss of the steps since the last call. Raises UserError if a loss or gradient was not finite."""
-        recent = torch.stack(self.recent).tolist()
-        for step, (loss, norm) in enumerate(recent, len(self.losses)):
-            require(math.isfinite(loss) and math.isfinite(norm), f"{'gradient' if math.isfinite(loss) else 'loss'} not "
-                    f"finite at step {step}. The last state is kept. Look at the data, or --restart with a lower --lr")
-        self.losses += [loss for loss, _ in recent]
+    def mean_loss(self):
+        """The mean loss since the last call. Raises UserError if a loss or gradient was not finite."""
+        losses, norms = torch.stack(self.recent).unbind(1)
+        for what, values in (("loss", losses), ("gradient", norms)):
+            for step in (~values.isfinite()).nonzero().flatten().tolist():
+                step += self.done - len(values)
+                raise UserError(f"{what} not finite at step {step}. The last state is kept. Look at the data, or "
+                                "start over with --restart and a lower --lr")
         self.recent = []
-        return sum(loss for loss, _ in recent) / len(recent)
+        return losses.mean().item()

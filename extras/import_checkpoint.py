@@ -1,169 +1,229 @@
-"""Turn a published checkpoint into an artifact that stages 02, 04 and 05 read.
+"""Turn a published checkpoint into an artifact that the stages read.
 
-The U-Net of common.py is the network of two published codes under other names:
+The U-Net of common.py is the network of two published codes under other names: NCSN++ in the authors' checkpoints,
+{"model": state dict, "ema": {"shadow_params": [...]}, ...}; and EDM's SongUNet in its DDPM++ settings, a state dict.
+Only files that hold nothing but tensors are read. EDM's own are pickles that carry code; where its code is
+installed (a clone of github.com/NVlabs/edm), these lines save what is needed from one of them:
 
-    NCSN++     the authors' checkpoints: {"model": state dict, "ema": {"shadow_params": [...]}, ...}
-    SongUNet   EDM's networks in their DDPM++ settings: a plain state dict
+    import pickle, torch
+    edm = pickle.load(open("edm-cifar10-32x32-uncond-vp.pkl", "rb"))
+    torch.save(edm["ema"].model.state_dict(), "edm.pt")
 
-Only files that hold nothing but tensors are read. EDM's own are pickles that carry code; where its code is installed (a
-clone of github.com/NVlabs/edm), one line saves what is needed from one of them:
-
-    python -c "import pickle, sys, torch; torch.save(pickle.load(open(sys.argv[1], 'rb'))['ema'].model.state_dict(), 'edm.pt')" \\
-        edm-cifar10-32x32-uncond-vp.pkl
+A velocity network becomes the artifact --to. An EDM network (the paper's best teacher) predicts something else,
+and has an equation and a sampler of its own: it makes its pairs here, in place of stage 02.
 
 Reads   --checkpoint PATH
-Writes  out/<preset>/<--to>.pt
-Next    as a teacher, 02_generate_pairs.py (EDM: with --sample_steps 18); as a 2-rectified flow, 04_flow_guided_distill.py;
-        as a student, 05_eval_fid.py --only student
+Writes  out/<preset>/<--to>.pt; for an EDM network 02_pairs.pt, 02_pairs.png (05 then needs --only, --reference)
 """
+import hashlib
+import importlib
+import math
 import pickle
 import re
 import sys
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
+import torch.nn as nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import (Settings, UNet, UserError, command_for, count_parameters, file_digest, require, require_same_entries, run,
-                    save_network, say, start)
+from common import PAIRS, UNet, UserError, load, on_device, require, run, save_grid, save_network, say, start
+
+SETTINGS = [
+    # name, its value for shapes, cifar10_quick, cifar10, ffhq64 and imagenet64, text
+    ("checkpoint", *[""] * 5, "the published file"),
+    ("to", *["01_teacher"] * 5, "what it becomes: 01_teacher, 03_reflow or 04_student"),
+    ("weights", *["ema"] * 5, "of the authors' checkpoints: ema or model"),
+    ("predicts", *["auto"] * 5, "velocity, edm, or auto: edm for a SongUNet"),
+    ("image_size", 0, 0, 0, 0, 0, "pixels, for an NCSN++; 0: the size whose attention is at 16x16"),
+    ("dropout", 0.0, 0.0, 0.0, 0.0, 0.0, "for training it further"),
+    ("data", "shapes", "cifar10", "cifar10", "ffhq-64x64.zip", "imagenet-64x64.zip", "its training images"),
+    ("n_pairs", 2048, 50_000, 50_000, 50_000, 200_000, "pairs, of an EDM network"),
+    ("sample_steps", 18, 18, 18, 18, 18, "Heun steps of each pair. EDM: 18"),
+    ("precision", *["fp32"] * 5, "of an EDM network: fp32, bf16 or auto"),
+]
 
 
-@dataclass
-class Config(Settings):
-    checkpoint: str = ""  # the published file
-    to: Literal["01_teacher", "03_reflow", "04_student"] = "01_teacher"  # what it becomes
-    weights: Literal["ema", "model"] = "ema"  # which of the two sets in the authors' checkpoints
-    predicts: Literal["auto", "velocity", "edm"] = "auto"  # auto: NCSN++ velocity, SongUNet what EDM's preconditioning asks for
-    image_size: int = 0  # pixels; 0: from the checkpoint, where NCSN++ is taken to have its attention at 16x16
-    dropout: float = 0.0  # for further training, in 04. paper: 0.15
-    data: str = "cifar10"  # the images that it was trained on, for 05 to compare with
+# ------------------------------------------------------------------------------------------------------ EDM
+
+def edm_denoise(net, x, sigma, labels=None):
+    """D(x; sigma), the clean image that an EDM network sees in x (B, C, H, W) = image + sigma noise.
+
+    Karras et al. 2022 (2206.00364), Eq. 7 and Table 1, with sigma_data = 0.5. sigma: a float > 0.
+    """
+    c_skip, c_out = 0.25 / (sigma**2 + 0.25), 0.5 * sigma / math.sqrt(sigma**2 + 0.25)
+    c_in, c_noise = 1 / math.sqrt(sigma**2 + 0.25), math.log(sigma) / 4
+    t = torch.full(x.shape[:1], c_noise / 999, device=x.device)  # our network multiplies by 999
+    # D(x; sigma) = c_skip x + c_out F(c_in x; c_noise)
+    return c_skip * x + c_out * net((c_in * x).float(), t, labels).to(x.dtype)
 
 
-PRESETS = {"cifar10": {}, "cifar10_quick": {}, "ffhq64": {"data": "ffhq-64x64.zip"}, "imagenet64": {"data": "imagenet-64x64.zip"},
-           "shapes": {"data": "shapes"}}
+@torch.no_grad()
+def edm_heun(net, z, steps, labels=None):
+    """EDM's sampler: noise z (B, C, H, W) -> images, by 2 steps - 1 calls of an EDM network. Its Algorithm 1.
+
+    It starts from 80 z, so z ~ N(0, I) and the image are a pair, as with euler().
+    """
+    low, high, rho = 0.002, 80, 7  # EDM: sigma_min, sigma_max, rho
+    first, last = high ** (1 / rho), low ** (1 / rho)
+    sigmas = [(first + i / max(1, steps - 1) * (last - first)) ** rho for i in range(steps)] + [0]
+    x = high * z.to(torch.float32 if z.device.type == "mps" else torch.float64)  # official code: double
+    for sigma, following in zip(sigmas, sigmas[1:]):
+        # dx/dsigma = (x - D(x; sigma)) / sigma: an Euler step, then the mean of the slopes at both ends
+        slope = (x - edm_denoise(net, x, sigma, labels)) / sigma
+        x_next = x + (following - sigma) * slope
+        if following:
+            slope_next = (x_next - edm_denoise(net, x_next, following, labels)) / following
+            x_next = x + (following - sigma) * (slope + slope_next) / 2
+        x = x_next
+    return x.float()
 
 
-# ------------------------------------------------------------------------------------------------- names
-# A layout lists every tensor of the U-Net as (our key, their keys, join, split): ours = join(*theirs), theirs = split(ours).
+# ---------------------------------------------------------------------------------------------------- names
+# A layout lists every tensor of the U-Net: (our key, their keys, kind). The kind says how theirs become ours.
 
-KEEP = (lambda a: a, lambda a: [a])
+def join(kind, theirs):
+    """Their tensors of an entry -> ours."""
+    if kind == "matrices":  # NIN: y = x W + b, W (in, out); ours is a 1x1 convolution, (out, in, 1, 1)
+        return torch.cat([w.T for w in theirs])[:, :, None, None]
+    if kind == "interleaved":  # SongUNet: row 3 c + s of q, k, v (s = 0, 1, 2) is our row s C + c
+        return theirs[0].unflatten(0, (-1, 3)).transpose(0, 1).flatten(0, 1)
+    return torch.cat(theirs)
+
+
+def split(kind, ours, n):
+    """The inverse of join, for n of their tensors."""
+    if kind == "matrices":
+        return [w.T for w in ours[:, :, 0, 0].chunk(n)]
+    if kind == "interleaved":
+        return [ours.unflatten(0, (3, -1)).transpose(0, 1).flatten(0, 1)]
+    return ours.chunk(n)
+
+
+def both(ours, theirs, kind="joined"):
+    """The layout of a layer's weight and bias."""
+    return [(f"{ours}.{part}", [f"{theirs}.{part}"], kind) for part in ("weight", "bias")]
 
 
 def residual_blocks(net):
-    """(our prefix, block, SongUNet's name) of every residual block, in the order in which all three codes make them."""
-    size, i = net.args["image_size"], 0
+    """(our prefix, block, SongUNet's name) of every residual block, in the order that all codes have."""
+    size = net.args["image_size"]
     for part, side in (("encoder", "enc"), ("middle", "dec"), ("decoder", "dec")):
+        number = 0  # among the blocks of this size
         for index, block in enumerate(getattr(net, part)):
-            if block.up or block.down:
-                size, i = (size * 2, 0) if block.up else (size // 2, 0)
-            kind = "up" if block.up else "down" if block.down else f"in{index}" if part == "middle" else f"block{i}"
-            i += kind == f"block{i}"
+            if block.up:
+                size, number, kind = size * 2, 0, "up"
+            elif isinstance(block.resample, nn.AvgPool2d):
+                size, number, kind = size // 2, 0, "down"
+            elif part == "middle":
+                kind = f"in{index}"
+            else:
+                kind, number = f"block{number}", number + 1
             yield f"{part}.{index}", block, f"{side}.{size}x{size}_{kind}"
-        i = 0
-
-
-def both(ours, theirs):
-    """The layout of a weight and a bias that are stored alike."""
-    return [(f"{ours}.{part}", [f"{theirs}.{part}"], *KEEP) for part in ("weight", "bias")]
 
 
 def ncsnpp_layout(net):
     """NCSN++: all_modules.<i>.<part>, i in the order of construction, attention a module of its own."""
-    # NIN: y = x W + b with W (in, out), where we have a 1x1 convolution (out, in, 1, 1); q, k and v apart.
-    matrix = (lambda *w: torch.cat([a.T for a in w])[:, :, None, None], lambda a: [w.T for w in a[:, :, 0, 0].split(a.shape[1])])
-    vector = (lambda *b: torch.cat(b), lambda a: a.chunk(3))
-    layout, i = [], 3
-    for ours, index in (("time0", 0), ("time1", 1), ("conv_in", 2)):
-        layout += both(ours, f"all_modules.{index}")
+    names = {"norm0": "GroupNorm_0", "conv0": "Conv_0", "emb": "Dense_0", "norm1": "GroupNorm_1",
+             "conv1": "Conv_1", "skip": "Conv_2"}
+    layout = both("time0", "all_modules.0") + both("time1", "all_modules.1") + both("conv_in", "all_modules.2")
+    i = 3
     for prefix, block, _ in residual_blocks(net):
-        parts = {"norm0": "GroupNorm_0", "conv0": "Conv_0", "emb": "Dense_0", "norm1": "GroupNorm_1", "conv1": "Conv_1"}
-        if hasattr(block.skip, "weight"):
-            parts["skip"] = "Conv_2"
-        for ours, theirs in parts.items():
-            layout += both(f"{prefix}.{ours}", f"all_modules.{i}.{theirs}")
+        for ours, theirs in names.items():
+            if hasattr(getattr(block, ours), "weight"):  # most blocks have no layer in their skip
+                layout += both(f"{prefix}.{ours}", f"all_modules.{i}.{theirs}")
         i += 1
         if hasattr(block.attention, "qkv"):
             ours, theirs = f"{prefix}.attention", f"all_modules.{i}"
             layout += both(f"{ours}.norm", f"{theirs}.GroupNorm_0")
-            layout += [(f"{ours}.qkv.weight", [f"{theirs}.NIN_{j}.W" for j in range(3)], *matrix),
-                       (f"{ours}.qkv.bias", [f"{theirs}.NIN_{j}.b" for j in range(3)], *vector),
-                       (f"{ours}.proj.weight", [f"{theirs}.NIN_3.W"], *matrix), (f"{ours}.proj.bias", [f"{theirs}.NIN_3.b"], *KEEP)]
+            for layer, numbers in (("qkv", range(3)), ("proj", [3])):
+                layout += [(f"{ours}.{layer}.weight", [f"{theirs}.NIN_{j}.W" for j in numbers], "matrices"),
+                           (f"{ours}.{layer}.bias", [f"{theirs}.NIN_{j}.b" for j in numbers], "joined")]
             i += 1
     return layout + both("norm_out", f"all_modules.{i}") + both("conv_out", f"all_modules.{i + 1}")
 
 
 def songunet_layout(net):
-    """SongUNet: {enc,dec}.<size>x<size>_<block>.<part>, attention inside the block, rows of q, k and v interleaved."""
-    interleaved = (lambda a: a.unflatten(0, (-1, 3)).transpose(0, 1).flatten(0, 1),  # row 3 c + s -> row s C + c
-                   lambda a: [a.unflatten(0, (3, -1)).transpose(0, 1).flatten(0, 1)])
+    """SongUNet: {enc,dec}.<size>x<size>_<block>.<part>, attention inside the block."""
     size = net.args["image_size"]
-    layout = both("time0", "map_layer0") + both("time1", "map_layer1") + both("conv_in", f"enc.{size}x{size}_conv")
+    layout = both("time0", "map_layer0") + both("time1", "map_layer1")
+    layout += both("conv_in", f"enc.{size}x{size}_conv")
     if net.label is not None:
         layout += both("label", "map_label")
     for prefix, block, name in residual_blocks(net):
-        for ours, theirs in (("norm0", "norm0"), ("conv0", "conv0"), ("emb", "affine"), ("norm1", "norm1"), ("conv1", "conv1"),
-                             ("skip", "skip"), ("attention.norm", "norm2"), ("attention.proj", "proj")):
-            module, _, part = ours.partition(".")
-            if hasattr(getattr(getattr(block, module), part, None) if part else getattr(block, module), "weight"):
-                layout += both(f"{prefix}.{ours}", f"{name}.{theirs}")
+        for part in ("norm0", "conv0", "emb", "norm1", "conv1", "skip"):
+            if hasattr(getattr(block, part), "weight"):
+                layout += both(f"{prefix}.{part}", f"{name}.{'affine' if part == 'emb' else part}")
         if hasattr(block.attention, "qkv"):
-            layout += [(f"{prefix}.attention.qkv.{part}", [f"{name}.qkv.{part}"], *interleaved) for part in ("weight", "bias")]
-    return layout + both("norm_out", f"dec.{size}x{size}_aux_norm") + both("conv_out", f"dec.{size}x{size}_aux_conv")
+            layout += both(f"{prefix}.attention.norm", f"{name}.norm2")
+            layout += both(f"{prefix}.attention.qkv", f"{name}.qkv", "interleaved")
+            layout += both(f"{prefix}.attention.proj", f"{name}.proj")
+    layout += both("norm_out", f"dec.{size}x{size}_aux_norm")
+    return layout + both("conv_out", f"dec.{size}x{size}_aux_conv")
 
 
 def export(net, layout):
     """Their state dict of our network."""
     own = net.state_dict()
-    return {key: value for ours, theirs, _, split in layout for key, value in zip(theirs, split(own[ours]))}
+    return {key: value for ours, theirs, kind in layout
+            for key, value in zip(theirs, split(kind, own[ours], len(theirs)))}
 
 
 def fill(net, layout, state_dict, source):
-    """Gives the network the weights of a state dict in their names. Raises UserError with the first entries that do not fit."""
-    require_same_entries({key: value.shape for key, value in export(net, layout).items()}, state_dict, source)
-    net.load_state_dict({ours: join(*[state_dict[key] for key in theirs]) for ours, theirs, join, _ in layout})
+    """Gives the network their weights. Raises UserError, with the first entries, if they do not fit."""
+    shapes = {key: tuple(value.shape) for key, value in export(net, layout).items()}
+    theirs = {key: tuple(value.shape) for key, value in state_dict.items()}
+    faults = {"missing": [key for key in shapes if key not in theirs],
+              "unexpected": [key for key in theirs if key not in shapes],
+              "misshapen": [f"{key} {theirs[key]} instead of {shape}" for key, shape in shapes.items()
+                            if theirs.get(key, shape) != shape]}
+    found = [f"{len(k)} entries {fault}, first {', '.join(k[:3])}" for fault, k in faults.items() if k]
+    require(not found, f"{source} does not fit the network: {'; '.join(found)}")
+    net.load_state_dict({ours: join(kind, [state_dict[key] for key in keys]) for ours, keys, kind in layout})
     return net.eval()
 
 
 # ------------------------------------------------------------------------------------------------- networks
 
 def from_ncsnpp(state_dict, image_size=None):
-    """The authors' network as a UNet. state_dict: keys with or without "module."; its size follows from the shapes.
+    """The authors' network as a UNet. state_dict: keys with or without "module.".
 
-    Nothing in it tells the image size; unless given, it is the one at which attention is at 16x16, as in all published ones.
-    Raises UserError, with the names of the first entries, if it is incomplete or of another kind.
+    image_size: if not given, the one whose attention is at 16x16, as in all published networks.
+    Raises UserError, with the names of the first entries, if the state dict is incomplete or of another kind.
     """
     state_dict = {key.removeprefix("module."): value for key, value in state_dict.items()}
     state_dict.pop("sigmas", None)  # a table that the network does not use
-    shape_of = lambda key: tuple(getattr(state_dict.get(key), "shape", ()))
-    conv_in = shape_of("all_modules.2.weight")
+    conv_in = state_dict.get("all_modules.2.weight", torch.empty(0)).shape
     require(len(conv_in) == 4, "not an NCSN++ state dict: all_modules.2.weight is missing or misshapen")
 
-    # Every residual block: (channels in, channels out, has a skip convolution, is followed by attention).
-    count = 1 + max(int(key.split(".")[1]) for key in state_dict if re.match(r"all_modules\.\d+\.", key))
-    parts = {i: [key for key in state_dict if key.startswith(f"all_modules.{i}.")] for i in range(count)}
-    is_block = lambda i: any("Conv_" in key or "Dense_0" in key for key in parts[i])
-    is_attention = lambda i: i < count and any("NIN_" in key for key in parts[i])
+    # 1. Every residual block: (channels out, channels in, has a skip convolution, attention follows).
+    parts = {}  # {i: what all_modules.i consists of}
+    for key in state_dict:
+        if match := re.fullmatch(r"all_modules\.(\d+)\.(.+)", key):
+            parts.setdefault(int(match[1]), []).append(match[2])
     blocks = []
-    for i in filter(is_block, range(3, count)):
-        c_out, c_in = (shape_of(f"all_modules.{i}.Conv_0.weight") + (0, 0))[:2]
-        blocks.append((c_in, c_out, f"all_modules.{i}.Conv_2.weight" in state_dict, is_attention(i + 1)))
+    for i, names in sorted(parts.items()):
+        if any(name.startswith(("Conv_", "Dense_")) for name in names):
+            weight = state_dict.get(f"all_modules.{i}.Conv_0.weight", torch.empty(0))
+            c_out, c_in = (*weight.shape, 0, 0)[:2]
+            attention = any(name.startswith("NIN_") for name in parts.get(i + 1, []))
+            blocks.append((c_out, c_in, "Conv_2.weight" in names, attention))
 
-    # L levels of n blocks are 2 L n + 3 L in all; the encoder's n-th, (2 n + 1)-th, ... halve the size: same width, and a skip.
+    # 2. L levels of n blocks have 2 L n + 3 L in all. The encoder's blocks n, 2 n + 1, ... halve the size:
+    #    they, and no others, keep the width and have a skip convolution. So which L is it?
     for levels in range(1, len(blocks) // 5 + 1):
         n, rest = divmod(len(blocks) - 3 * levels, 2 * levels)
         encoder = blocks[:levels * n + levels - 1]
-        halving = [i for i, (c_in, c_out, skip, _) in enumerate(encoder) if skip and c_in == c_out]
+        halving = [i for i, (c_out, c_in, skip, _) in enumerate(encoder) if skip and c_in == c_out]
         if rest == 0 and halving == [n + i * (n + 1) for i in range(levels - 1)]:
-            first = encoder[::n + 1]  # of each level
             break
     else:
-        raise UserError(f"not an NCSN++ state dict: {len(blocks)} residual blocks of these widths make no U-Net")
+        raise UserError(f"not an NCSN++ state dict: {len(blocks)} blocks of these widths make no U-Net")
+    first = encoder[::n + 1]  # of each level
     with_attention = [level for level, block in enumerate(first) if block[3]]
-    require(image_size or with_attention, "the state dict has no attention outside the middle: give the image size")
+    require(image_size or with_attention, "there is no attention outside the middle: give --image_size")
     image_size = image_size or 16 * 2 ** with_attention[0]
-    net = UNet(image_size, conv_in[1], conv_in[0], [block[1] // conv_in[0] for block in first], n,
+    net = UNet(image_size, conv_in[1], conv_in[0], [block[0] // conv_in[0] for block in first], n,
                [image_size // 2**level for level in with_attention])
     return fill(net, ncsnpp_layout(net), state_dict, "the NCSN++ state dict")
 
@@ -171,75 +231,85 @@ def from_ncsnpp(state_dict, image_size=None):
 def from_songunet(state_dict):
     """EDM's SongUNet (DDPM++ settings) as a UNet. state_dict: keys with or without "model.".
 
-    Its augmentation labels are left out: they are 0 whenever images are made. Its constant tables (resample_filter) tell
-    that EDM's code wrote it, and so how the time embedding was rounded; export() writes none. Raises UserError, with the names
-    of the first entries, if it is incomplete or of another kind.
+    Its augmentation labels are left out: they are 0 whenever images are made. Its constants (resample_filter)
+    tell that EDM's code wrote it, and so how the time embedding was rounded; export() writes none.
+    Raises UserError, with the names of the first entries, if it is incomplete or of another kind.
     """
     by_edm = any(key.endswith("resample_filter") for key in state_dict)
     state_dict = {key.removeprefix("model."): value for key, value in state_dict.items()
-                  if not key.endswith(("resample_filter", "map_augment.weight"))}  # constants; unused
-    conv_in = [(int(match[1]), value) for key, value in state_dict.items()
-               if (match := re.fullmatch(r"enc\.(\d+)x\1_conv\.weight", key))]
-    require(len(conv_in) == 1, "not a SongUNet state dict of the DDPM++ kind: it must have one enc.<size>x<size>_conv.weight"
-            + ("; an ADM network (EDM's ImageNet-64) is built differently" if "out_conv.weight" in state_dict else ""))
-    image_size, (base, channels) = conv_in[0][0], conv_in[0][1].shape[:2]
-    mult, attn, n = [], [], 1
-    for size in (image_size >> level for level in range(image_size.bit_length())):
-        level = {key: value for key, value in state_dict.items() if key.startswith(f"enc.{size}x{size}_block")}
-        widths = [len(value) for key, value in level.items() if ".conv1." in key]
-        if not widths:
-            break
-        mult.append(max(widths) // base)
+                  if not key.endswith(("resample_filter", "map_augment.weight"))}
+    first = [match for key in state_dict if (match := re.fullmatch(r"enc\.(\d+)x\1_conv\.weight", key))]
+    require(len(first) == 1, "not a SongUNet state dict of the DDPM++ kind: it must have one "
+            "enc.<size>x<size>_conv.weight (an ADM network, like EDM's of ImageNet-64, has none)")
+    image_size, (base, channels) = int(first[0][1]), state_dict[first[0][0]].shape[:2]
+    mult, attn, n, size = [], [], 1, image_size
+    while level := [key for key in state_dict if key.startswith(f"enc.{size}x{size}_block")]:
+        mult.append(max(len(state_dict[key]) for key in level if ".conv" in key) // base)
         attn += [size] if any(".qkv." in key for key in level) else []
         n = max(n, *(1 + int(re.search(r"_block(\d+)", key)[1]) for key in level))
+        size //= 2
     label = state_dict.get("map_label.weight")
-    net = UNet(image_size, channels, base, mult, n, attn, classes=0 if label is None else label.shape[1],
-               edm_embedding=by_edm)
+    net = UNet(image_size, channels, base, mult, n, attn, classes=0 if label is None else label.shape[1])
+    if by_edm:  # the same numbers but for the rounding, which at angles up to 999 shows in the fifth digit
+        k = torch.arange(base // 2, dtype=torch.float32)
+        net.frequencies = (1 / 10_000) ** (k / (base // 2 - 1))
     return fill(net, songunet_layout(net), state_dict, "the SongUNet state dict")
 
 
-def read_checkpoint(path, weights, image_size=None):
-    """(UNet, "ncsnpp" or "songunet") from a published file. weights: "ema" or "model", in the authors' checkpoints."""
+def read_checkpoint(path, weights="ema", image_size=None):
+    """(UNet, "ncsnpp" or "songunet") from a published file. weights: "ema" or "model" of the authors'."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
-        raise UserError(f"{path} is damaged, or holds code and not only tensors (as EDM's own files do; --help gives the line "
-                        "that makes a plain state dict of one)") from error
-    require(isinstance(content, dict), f"{path} holds no state dict")
-    state_dict = content.get("model", content)
-    require(isinstance(state_dict, dict) and all(torch.is_tensor(v) for v in state_dict.values()), f"{path} holds no state dict")
+        raise UserError(f"{path} is damaged, or holds code and not only tensors (as EDM's files do: --help "
+                        "tells what to do)") from error
+    state_dict = content.get("model", content) if isinstance(content, dict) else {"": None}
+    require(isinstance(state_dict, dict) and all(map(torch.is_tensor, state_dict.values())),
+            f"{path} holds no state dict")
     if not any("all_modules." in key for key in state_dict):
         return from_songunet(state_dict), "songunet"
-    if weights == "ema" and "ema" in content:
-        # The EMA is a list without names, in the order of the trained parameters.
-        names, shadow = [key for key in state_dict if not key.endswith("sigmas")], content["ema"].get("shadow_params", [])
-        require(len(names) == len(shadow), f"{path}: the EMA has {len(shadow)} tensors, and the network {len(names)} parameters")
+    if weights == "ema" and "ema" in content:  # a list without names, in the order of the trained parameters
+        names = [key for key in state_dict if not key.endswith("sigmas")]
+        shadow = content["ema"].get("shadow_params", [])
+        require(len(names) == len(shadow),
+                f"{path}: the EMA has {len(shadow)} tensors, and the network {len(names)} parameters")
         state_dict = dict(zip(names, shadow))
     return from_ncsnpp(state_dict, image_size), "ncsnpp"
 
 
 def main(cfg):
-    start(cfg, "import")
-    path = Path(cfg.checkpoint)
+    device, path = start(cfg, "import"), Path(cfg.checkpoint)
+    for name, choices in (("to", ("01_teacher", "03_reflow", "04_student")), ("weights", ("ema", "model")),
+                          ("predicts", ("auto", "velocity", "edm"))):
+        value = getattr(cfg, name)
+        require(value in choices, f"--{name} {value}: choose from {', '.join(choices)}")
     require(path.is_file(), f"--checkpoint {cfg.checkpoint!r} does not exist")
-
-    target = cfg.folder / f"{cfg.to}.pt"
-    require(cfg.restart or not target.exists(), f"{target} is there already: --restart replaces it, another --out keeps both")
+    require(path.resolve().parent != cfg.folder.resolve() and not re.match(r"0\d_", path.name),
+            f"{path}: move it out of {cfg.folder}, and give it a name that no result has")
 
     # 1. Read it under our names.
     net, kind = read_checkpoint(path, cfg.weights, cfg.image_size or None)
-    edm = cfg.predicts == "edm" or cfg.predicts == "auto" and kind == "songunet"
-    require(not edm or cfg.to == "01_teacher", f"an EDM network can be the teacher only, not {cfg.to}: it predicts no velocity")
-    say(f"{kind} | {count_parameters(net):,} parameters | {net.args} | predicts {'what EDM asks for' if edm else 'the velocity'}")
+    edm = cfg.predicts == "edm" or (cfg.predicts == "auto" and kind == "songunet")
+    say(f"{kind} | {sum(p.numel() for p in net.parameters()):,} parameters | {net.args} | predicts "
+        f"{'what EDM asks for' if edm else 'the velocity'}")
+    made_from = {path.name: hashlib.sha256(path.read_bytes()).hexdigest()[:16]}
 
-    net.args["dropout"] = cfg.dropout
+    # 2. An EDM network makes the pairs.
+    if edm:
+        require(cfg.to == "01_teacher", f"an EDM network is a teacher, not {cfg.to}: it predicts no velocity")
+        make_pairs = importlib.import_module("02_generate_pairs").make_pairs
+        net = on_device(net, device, cfg.precision)
+        make_pairs(cfg, "02_pairs.pt", net, made_from, cfg.n_pairs, cfg.sample_steps, PAIRS, sampler=edm_heun)
+        save_grid(cfg.folder / "02_pairs.png", load(cfg, "02_pairs.pt")["x"][:64].split(8))
+        say(f"wrote {cfg.folder}/02_pairs.pt, 02_pairs.png")
+        return
 
-    # 2. Save it as a stage would have.
-    save_network(target, cfg, net, edm=edm, imported_from=path.name, sha256=file_digest(path, "sha256"))
-    following = {"01_teacher": "02_generate_pairs.py", "03_reflow": "04_flow_guided_distill.py", "04_student": "05_eval_fid.py"}[cfg.to]
-    say(f"wrote {target} | next: {command_for(following, cfg)}" + (" --sample_steps 18" if edm else "")
-          + (" --only student" if cfg.to == "04_student" else ""))
+    # 3. A velocity network is saved as a stage would have.
+    target, net.args["dropout"] = cfg.folder / f"{cfg.to}.pt", cfg.dropout
+    require(cfg.restart or not target.exists(), f"{target} is there already: --restart replaces it")
+    save_network(cfg, target.name, net, made_from)
+    say(f"wrote {target}")
 
 
 if __name__ == "__main__":
-    run(main, Config, PRESETS, __doc__)
+    run(main, SETTINGS, __doc__)

@@ -1,56 +1,49 @@
 """Draw how the flows get from noise to image: the teacher in a curve, the 2-rectified flow almost straight.
 
-Left: how far x_t is from the straight line between its two ends, |x_t - ((1 - t) z + t x)| / |x - z|, for some noises z.
-Right: where a flow would end if it went on straight from x_t, that is x_t + (1 - t) v(x_t, t): the answer of one call, of
-two, and so on. On a straight path the first answer is already the last.
+Left: how far x_t is from the straight line between its ends, |x_t - ((1 - t) z + t x)| / |x - z|, for some z.
+Right: where a flow would end if it went on straight from x_t, that is x_t + (1 - t) v(x_t, t): the answer of
+one call, of two, and so on. On a straight path the first answer is already the last.
 
 Reads   out/<preset>/01_teacher.pt, 03_reflow.pt
 Writes  out/<preset>/paths.png
 Takes   shapes: 10 s on 2 CPU cores
 """
-import importlib
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-from common import (EVALUATION, Settings, check_ranges, euler, load_network, noise_for, require, require_same_kind, run, say, start,
-                    to_uint8, writing)
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from common import EVALUATION, euler, load_network, noise_for, require, run, say, start, to_uint8, writing
 
+SETTINGS = [
+    # name, its value for shapes, cifar10_quick, cifar10, ffhq64 and imagenet64, text
+    ("steps", 25, 25, 25, 25, 25, "Euler steps of a path"),
+    ("paths", 24, 24, 24, 24, 24, "paths of each network that are drawn"),
+    ("strips", 3, 3, 3, 3, 3, "noises whose images are shown"),
+    ("precision", *["fp32"] * 5, "fp32, bf16 or auto"),
+]
 COLOURS = {"teacher": "#d1495b", "2-rectified flow": "#174a7c"}
+LEFT, TOP, WIDTH, HEIGHT, RIGHT = 60, 40, 330, 300, 560  # pixels: the curves' frame, the strips' left edge
 
 
-@dataclass
-class Config(Settings):
-    steps: int = 25  # Euler steps of a path
-    paths: int = 24  # paths of each network that are drawn
-    strips: int = 3  # noises whose images are shown
-
-    def __post_init__(self):
-        check_ranges(self, steps=(2, None), paths=(1, 1000), strips=(1, 100))
-        require(self.strips <= self.paths, f"--strips {self.strips} of only --paths {self.paths}")
-
-
-def follow(net, noise, steps):
-    """The states x_t of a path (steps + 1, B, C, H, W), and from each the end of a straight path, x_t + (1 - t) v(x_t, t)."""
+def follow(net, z, steps):
+    """The states x_t (steps + 1, B, C, H, W) of paths, and from each the end of the straight way on."""
     states, ends = [], []
 
     def observed(x, t, labels):
         v = net(x, t, labels)
         states.append(x)
-        ends.append(x + (1 - len(ends) / steps) * v)
+        ends.append(x + (1 - len(ends) / steps) * v)  # x_t + (1 - t) v(x_t, t)
         return v
 
-    x = euler(observed, noise, steps)
+    x = euler(observed, z, steps)
     return torch.stack([*states, x]), torch.stack([*ends, x])
 
 
 def deviation(states):
-    """|x_t - ((1 - t) z + t x)| / |x - z| for the states (T + 1, B, C, H, W) of Euler paths: (T + 1, B), 0 at both ends."""
+    """|x_t - ((1 - t) z + t x)| / |x - z| for states (T + 1, B, C, H, W) of Euler paths: (T + 1, B)."""
     z, x = states[0], states[-1]
     t = torch.linspace(0, 1, len(states), device=x.device)[:, None, None, None, None]
     line = (1 - t) * z + t * x
@@ -59,56 +52,55 @@ def deviation(states):
 
 def main(cfg):
     device = start(cfg, "paths")
+    require(cfg.steps > 1 and 0 < cfg.strips <= cfg.paths, "it takes 2 --steps and 1 --strips, of the --paths")
 
     # 1. Both flows, from the same noise.
-    networks = {}
+    bends, ends = {}, {}  # of each network: deviations (T + 1, B); where the straight way on would end
     for name, file in (("teacher", "01_teacher.pt"), ("2-rectified flow", "03_reflow.pt")):
-        networks[name], artifact = load_network(cfg.folder / file, cfg, device)
-        require(not artifact.get("edm"), f"{file} is an EDM network, whose paths are not those of a velocity")
-        require(not networks[name].args["classes"], f"{file} knows classes; this figure is for networks without")
-        require_same_kind("01_teacher.pt", networks["teacher"].args, file, networks[name].args)
-    size = networks["teacher"].args["image_size"]
-    noise = noise_for(cfg.seed, range(EVALUATION, EVALUATION + cfg.paths), (3, size, size)).to(device)
-    paths = {name: follow(net, noise, cfg.steps) for name, net in networks.items()}
-    bends = {name: deviation(states).cpu() for name, (states, _) in paths.items()}
+        net, _ = load_network(cfg, file, device)
+        require(not net.args["classes"], f"{file} knows classes: this figure is for networks without")
+        size = net.args["image_size"]
+        z = noise_for(cfg.seed, range(EVALUATION, EVALUATION + cfg.paths), (3, size, size)).to(device)
+        states, ends[name] = follow(net, z, cfg.steps)
+        bends[name] = deviation(states).cpu()
 
     # 2. Left: the deviation from the straight line.
-    shown = torch.linspace(0, cfg.steps, min(6, cfg.steps + 1)).round().long().tolist()  # which of the states are shown as images
+    shown = torch.linspace(0, cfg.steps, min(6, cfg.steps + 1)).round().long().tolist()  # states with images
     cell = size * max(1, 64 // size)
-    left, top, width, height, right = 60, 40, 330, 300, 560
-    canvas = Image.new("RGB", (right + len(shown) * (cell + 4), max(400, top + cfg.strips * (2 * (cell + 4) + 8) + 40)), "white")
+    below = TOP + cfg.strips * (2 * (cell + 4) + 8)
+    canvas = Image.new("RGB", (RIGHT + len(shown) * (cell + 4), max(400, below + 40)), "white")
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(13)
     highest = 1.3 * max(bend.max().item() for bend in bends.values())
-    draw.text((left, 12), "distance from the straight line (in its lengths)", fill="black", font=font)
+    draw.text((LEFT, 12), "distance from the straight line (in its lengths)", "black", font)
     for i in range(5):
-        y = top + height * (1 - i / 4)
-        draw.line([(left, y), (left + width, y)], fill="#dddddd")
-        draw.text((left - 6, y), f"{highest * i / 4:.3f}", fill="black", font=font, anchor="rm")
-        draw.text((left + width * i / 4, top + height + 6), f"{i / 4:g}", fill="black", font=font, anchor="ma")
-    draw.text((left + width / 2, top + height + 24), "t (0: noise, 1: image)", fill="black", font=font, anchor="ma")
+        y = TOP + HEIGHT * (1 - i / 4)
+        draw.line([(LEFT, y), (LEFT + WIDTH, y)], "#dddddd")
+        draw.text((LEFT - 6, y), f"{highest * i / 4:.3f}", "black", font, "rm")
+        draw.text((LEFT + WIDTH * i / 4, TOP + HEIGHT + 6), f"{i / 4:g}", "black", font, "ma")
+    draw.text((LEFT + WIDTH / 2, TOP + HEIGHT + 24), "t (0: noise, 1: image)", "black", font, "ma")
     for row, (name, bend) in enumerate(bends.items()):
-        for curve in bend.T.tolist():
-            draw.line([(left + width * i / cfg.steps, top + height * (1 - value / highest)) for i, value in enumerate(curve)],
-                      fill=COLOURS[name], width=1)
-        draw.text((left + 10, top + 6 + 18 * row), f"{name}: {bend.max(dim=0).values.mean():.3f} at the widest, on average",
-                  fill=COLOURS[name], font=font)
+        x = torch.linspace(LEFT, LEFT + WIDTH, cfg.steps + 1).tolist()
+        for curve in (TOP + HEIGHT * (1 - bend.T / highest)).tolist():
+            draw.line(list(zip(x, curve)), COLOURS[name])
+        text = f"{name}: {bend.max(dim=0).values.mean():.3f} at the widest, on average"
+        draw.text((LEFT + 10, TOP + 6 + 18 * row), text, COLOURS[name], font)
+        say(text)
 
     # 3. Right: where the straight way on would end.
     for column, i in enumerate(shown):
-        draw.text((right + column * (cell + 4) + cell / 2, 20), f"t = {i / cfg.steps:.1f}", fill="black", font=font, anchor="ma")
+        x = RIGHT + column * (cell + 4)
+        draw.text((x + cell / 2, 20), f"t = {i / cfg.steps:.1f}", "black", font, "ma")
         for strip in range(cfg.strips):
-            for row, name in enumerate(paths):
-                image = to_uint8(paths[name][1][i, strip].cpu()).permute(1, 2, 0).numpy()
-                tile = Image.fromarray(image).resize((cell, cell), Image.NEAREST)
-                y = top + (2 * strip + row) * (cell + 4) + 8 * strip
-                canvas.paste(tile, (right + column * (cell + 4), y))
+            for row, name in enumerate(ends):
+                y = TOP + (2 * strip + row) * (cell + 4) + 8 * strip
+                image = Image.fromarray(to_uint8(ends[name][i, strip].cpu()).permute(1, 2, 0).numpy())
+                canvas.paste(image.resize((cell, cell), Image.NEAREST), (x, y))
                 if column == 0:
-                    draw.text((right - 8, y + cell / 2), name, fill=COLOURS[name], font=font, anchor="rm")
+                    draw.text((RIGHT - 8, y + cell / 2), name, COLOURS[name], font, "rm")
     with writing(cfg.folder / "paths.png") as file:
         canvas.save(file, "PNG")
-    say(" | ".join(f"{name}: {bend.max(dim=0).values.mean():.4f}" for name, bend in bends.items()))
     say(f"wrote {cfg.folder}/paths.png")
 
 
 if __name__ == "__main__":
-    run(main, Config, dict.fromkeys(importlib.import_module("01_train_teacher").PRESETS, {}), __doc__)
+    run(main, SETTINGS, __doc__)

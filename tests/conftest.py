@@ -1,4 +1,4 @@
-"""Shared by the tests: the scripts as modules (their names start with a digit, so they are loaded by path)."""
+"""Shared by the tests: the scripts as modules (their names start with a digit, so by path), and fixtures."""
 import importlib.util
 import subprocess
 import sys
@@ -9,35 +9,41 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-NAMES = {"01": "01_train_teacher", "02": "02_generate_pairs", "03": "03_annealing_reflow", "04": "04_flow_guided_distill",
-         "05": "05_eval_fid", "import": "extras/import_checkpoint", "benchmark": "extras/benchmark", "ablations": "extras/ablations",
+NAMES = {"01": "01_train_teacher", "02": "02_generate_pairs", "03": "03_annealing_reflow",
+         "04": "04_flow_guided_distill", "05": "05_eval_fid", "import": "extras/import_checkpoint",
+         "export": "extras/export_student", "benchmark": "extras/benchmark", "ablations": "extras/ablations",
          "paths": "extras/paths", "real_images": "extras/real_images"}
 
 
 def load_script(number):
     name = NAMES[number]
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, ROOT / f"{name}.py")
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
+    module = name.split("/")[-1]
+    if module not in sys.modules:
+        spec = importlib.util.spec_from_file_location(module, ROOT / f"{name}.py")
+        sys.modules[module] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[module])
+    return sys.modules[module]
 
 
 def draw_few_shapes():
-    """500 drawings in place of the 16,384 of the stages, which take a second each time. To be called before load_script."""
+    """500 drawings in place of the 16,384 of the stages, which take a second each time."""
     import common
     draw = common.draw_shapes
-    common.draw_shapes = lambda n, *rest, **more: draw(500 if n == 16_384 else n, *rest, **more)
+
+    def draw_few(n, image_size, seed=0):
+        return draw(500 if n == 16_384 else n, image_size, seed)
+
+    common.draw_shapes = draw_few
 
 
 def run_script(number, *arguments, cwd):
     """Runs a script as a user would; returns the finished process with its output as text."""
-    return subprocess.run([sys.executable, str(ROOT / f"{NAMES[number]}.py"), *map(str, arguments)], cwd=cwd, text=True,
-                          capture_output=True, timeout=170)
+    command = [sys.executable, str(ROOT / f"{NAMES[number]}.py"), *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, text=True, capture_output=True, timeout=170)
 
 
 class Field(torch.nn.Module):
-    """Stand-in network: a known velocity field v(x, t, labels) given as a function; counts its calls, keeps the last labels."""
+    """Stand-in network: a known velocity v(x, t), given as a function. It keeps its times and last labels."""
 
     def __init__(self, velocity):
         super().__init__()
@@ -71,5 +77,7 @@ def stage():
 
 
 @pytest.fixture(autouse=True)
-def seed():
+def seed(tmp_path, monkeypatch):
+    """Each test has the same random numbers, and a working directory of its own, where data/ belongs."""
     torch.manual_seed(0)
+    monkeypatch.chdir(tmp_path)

@@ -1,4 +1,5 @@
-"""The drawings, the readers (made-up folders, zips and CIFAR files), downloads, and files that appear whole or not at all."""
+"""The drawings, the readers, downloads, the tables of settings, and files that appear whole or not at all."""
+import functools
 import hashlib
 import http.server
 import io
@@ -7,7 +8,9 @@ import resource
 import signal
 import tarfile
 import threading
+import tracemalloc
 import zipfile
+import zlib
 
 import numpy as np
 import pytest
@@ -15,231 +18,196 @@ import torch
 from PIL import Image
 
 import common
-from common import UserError, download, draw_shapes, from_uint8, load_images, read_settings, save, to_uint8, writing
+from common import UserError, draw_shapes, from_uint8, load_images, read_settings, save, to_uint8, writing
 
 
-def picture(colour, size=(8, 8), mode="RGB", form="PNG"):
+def picture(colour, size=(8, 8), mode="RGB", form="PNG", **options):
     buffer = io.BytesIO()
-    Image.new("RGB", size, colour).convert(mode).save(buffer, form, **({"lossless": True} if form == "WEBP" else {}))
+    Image.new("RGB", size, colour).convert(mode).save(buffer, form, **options)
     return buffer.getvalue()
 
 
-def write(root, files):
-    for name, content in files.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(content)
+def write(root, content):
+    """Writes bytes as a file, or {name: bytes} as a folder or a zip."""
+    root.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(content, bytes):
+        root.write_bytes(content)
+    elif root.suffix == ".zip":
+        with zipfile.ZipFile(root, "w") as archive:
+            for name in content:
+                archive.writestr(name, content[name])
+    else:
+        for name in content:
+            write(root / name, content[name])
     return root
 
 
-def write_zip(path, files):
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, content in files.items():
-            archive.writestr(name, content)
-    return path
+RED, BLUE, GIF = picture("red"), picture("blue"), picture("red", form="GIF")
 
 
-def test_drawings_are_deterministic_and_show_their_attributes():
+def test_drawings_show_their_attributes_labels_name_them_and_bytes_come_back():
     images, attributes = draw_shapes(300, 16)
-    assert torch.equal(images, draw_shapes(300, 16)[0]) and not torch.equal(images, draw_shapes(300, 16, seed=1)[0])
-    assert images.dtype == torch.uint8 and images.shape == (300, 3, 16, 16)
-    assert {int(a) for a in attributes[:, 0]} == {0, 1, 2} and {int(a) for a in attributes[:, 1]} == set(range(6))
+    other = draw_shapes(300, 16, 1)[0]
+    assert torch.equal(images, draw_shapes(300, 16)[0]) and not torch.equal(images, other)
     for image, (shape, colour, x, y, radius) in zip(images.float(), attributes.tolist()):
-        centre = image[:, int(y * 16), int(x * 16)]
         ink = torch.tensor(list(common.COLOURS.values())[int(colour)])
-        assert (centre - ink).abs().max() <= 21  # the ink varies by 20
-        assert image[:, 0, 0].max() < 75  # the ground is dark
+        assert (image[:, int(y * 16), int(x * 16)] - ink).abs().max() <= 21 and image[:, 0, 0].max() < 75
         area = ((image - image[:, :1, :1]).abs().amax(0) / (ink - image[:, 0, 0]).abs().max()).sum() / 256
-        expected = (3.14, 4 * 0.85**2, 0.95 * 1.8)[int(shape)] * radius**2
-        assert area == pytest.approx(expected, rel=0.4)
-
-
-def test_shapes_labels_are_shape_and_colour():
-    images, labels = load_images("shapes", 16)
-    _, attributes = draw_shapes(len(images), 16)
+        assert area == pytest.approx((3.14, 4 * 0.85**2, 0.95 * 1.8)[int(shape)] * radius**2, rel=0.4)
+    labels, attributes = load_images("shapes", 16)[1], draw_shapes(500, 16)[1]
     assert torch.equal(labels, (attributes[:, 0] * 6 + attributes[:, 1]).long()) and labels.max() == 17
-
-
-def test_uint8_and_back():
     values = torch.arange(256, dtype=torch.uint8)
     assert torch.equal(to_uint8(from_uint8(values)), values)
-    assert from_uint8(values).min() == -1 and from_uint8(values).max() == 1
-    assert to_uint8(torch.tensor([-3.0, 3.0])).tolist() == [0, 255]
+    assert from_uint8(values)[[0, 255]].tolist() == [-1, 1]
+    assert to_uint8(torch.tensor([-3.0, -0.998, -0.994, 3.0])).tolist() == [0, 0, 1, 255]  # rounded, clipped
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_folders_are_classes_and_any_mode_becomes_rgb(tmp_path, packed):
-    files = {"b/deep/1.webp": picture("blue", form="WEBP"), "a/1.png": picture("red"), "a/2.png": picture("grey", mode="L"),
-             "a/3.png": picture("lime", mode="P"), "b/.hidden": b"", "a/4.jpg": picture("white", form="JPEG")}
-    source = write_zip(tmp_path / "x.zip", files) if packed else write(tmp_path / "x", files)
-    images, labels = load_images(source, 8)
-    assert images.shape == (5, 3, 8, 8) and images.dtype == torch.uint8
-    assert labels.tolist() == [0, 0, 0, 0, 1]
+@pytest.mark.parametrize("name", ["x", "x.zip"])
+def test_folders_are_classes_and_any_mode_becomes_rgb(tmp_path, name):
+    files = {"b/deep/1.webp": picture("blue", form="WEBP", lossless=True), "a/1.png": RED, "b/.hidden": b"",
+             "a/2.png": picture("grey", mode="L"), "a/3.png": picture("lime", mode="P"),
+             "a/4.jpg": picture("white", form="JPEG"), "__MACOSX/a.png": b""}
+    images, labels = load_images(write(tmp_path / name, files), 8)
+    assert images.shape == (5, 3, 8, 8) and images.dtype == torch.uint8 and labels.tolist() == [0, 0, 0, 0, 1]
     assert images[:, :, 4, 4].tolist() == [[255, 0, 0], [128] * 3, [0, 255, 0], [255] * 3, [0, 0, 255]]
 
 
-def test_one_folder_has_no_labels_and_other_sizes_are_cropped_and_resized(tmp_path):
-    wide = Image.new("RGB", (32, 8), "red")
-    wide.paste(Image.new("RGB", (8, 8), "blue"), (12, 0))  # the centre square
+def test_other_sizes_are_cropped_and_resized_and_photos_turned_upright(tmp_path):
+    wide, lying, exif = Image.new("RGB", (32, 8), "red"), Image.new("RGB", (8, 8), "red"), Image.Exif()
+    wide.paste("blue", (12, 0, 20, 8))  # the centre square
     wide.save(tmp_path / "wide.png")
-    Image.new("RGB", (8, 24), "blue").save(tmp_path / "tall.png")
-    images, labels = load_images(tmp_path, 4)
-    assert labels is None and (images == torch.tensor([0, 0, 255], dtype=torch.uint8)[:, None, None]).all()
+    lying.paste("blue", (0, 0, 4, 8))
+    exif[0x0112] = 6  # the left side is the top
+    lying.save(tmp_path / "x.png", exif=exif)
+    Image.fromarray(np.full((9, 9), 200 * 257, dtype=np.uint16)).save(tmp_path / "y.png")  # 16-bit grey
+    images, labels = load_images(tmp_path, 8)
+    assert labels is None and images[:, :, 1, 6].tolist() == [[0, 0, 255], [0, 0, 255], [200, 200, 200]]
+    assert images[:2, :, 6, 1].tolist() == [[0, 0, 255], [255, 0, 0]]
 
 
-def test_dataset_json_gives_the_labels(tmp_path):
-    files = {"a/1.png": picture("red"), "b/1.png": picture("blue")}
-    labels = [["b/1.png", 3], ["a/1.png", 7]]
-    source = write_zip(tmp_path / "x.zip", {**files, "dataset.json": json.dumps({"labels": labels}).encode()})
-    assert load_images(source, 8)[1].tolist() == [7, 3]
-    source = write_zip(tmp_path / "y.zip", {**files, "dataset.json": b'{"labels": null}'})
-    assert load_images(source, 8)[1] is None
+@pytest.mark.parametrize("labels, found", [
+    ([["b.png", 3], ["a.png", 7]], [7, 3]), (None, None), ([["a.png", 0]], "b.png"), ([3], "must"),
+    ([["b.png", -1], ["a.png", 7]], "labels are"), ([["b.png", 0.5], ["a.png", 7]], "labels are"),
+    ([["b.png", 3], ["a.png", 7], ["gone.png", 1]], "gone.png")])
+def test_dataset_json_gives_the_labels_or_is_refused(tmp_path, labels, found):
+    files = {"a.png": RED, "b.png": BLUE, "dataset.json": json.dumps({"labels": labels}).encode()}
+    if isinstance(found, str):
+        with pytest.raises(UserError, match=f"x.zip: .*{found}"):
+            load_images(write(tmp_path / "x.zip", files), 8)
+    else:
+        labels = load_images(write(tmp_path / "x.zip", files), 8)[1]
+        assert found == (None if labels is None else labels.tolist())
 
 
-@pytest.mark.parametrize("content, message", [
-    (b'{"labels": [["a.png", 0], ["gone.png", 1]]}', "gone.png"), (b'{"labels": [["b.png", 0]]}', "no label for 1 images.*a.png"),
-    (b'{"labels": [["a.png", -1], ["b.png", 0]]}', "integer from 0"), (b'{"labels": [["a.png", 0.5], ["b.png", 0]]}', "integer"),
-    (b"{", "dataset.json must be"), (b'{"label": []}', "dataset.json must be"), (b'{"labels": [3]}', "dataset.json must be")])
-def test_a_dataset_json_that_does_not_match_is_refused(tmp_path, content, message):
-    source = write(tmp_path, {"a.png": picture("red"), "b.png": picture("red"), "dataset.json": content})
+@pytest.mark.parametrize("name, content, message", [
+    ("x", {"a.png": RED, "c/bad.png": b"not an image"}, "c/bad.png"), ("x", {"b.txt": b"text"}, "b.txt"),
+    ("x", {"a.png": picture("red", (64, 64))[:90]}, "a.png"), ("x", {"a.jpg": GIF}, "a.jpg"),
+    ("x", {"a.png": RED, "b.png": picture("red", (9, 9))}, r"b.png.*\(3, 9, 9\).*\(3, 8, 8\)"),
+    ("x", {"a.png": RED, "dataset.json": b"{"}, "dataset.json must"), ("x", {".a": b""}, "x holds no"),
+    ("x.zip", b"PK", "x.zip is neither"), ("x.zip", {}, "x.zip holds no"), ("y", {}, "y does not exist"),
+    ("x.zip", "cut", "x.zip is neither"), ("x.zip", "changed", "x.zip is neither")])
+def test_bad_sources_are_refused_and_nothing_is_kept(tmp_path, name, content, message):
+    if content in ("cut", "changed"):
+        whole = write(tmp_path / name, {"1.png": RED}).read_bytes()
+        content = whole[:-30] if content == "cut" else whole.replace(b"PK\1\2", b"PK\1\3")
     with pytest.raises(UserError, match=message):
-        load_images(source, 8)
+        load_images(write(tmp_path / name, content), None if "9" in message else 8)
+    assert not list(tmp_path.rglob("cache/*"))
 
 
-@pytest.mark.parametrize("bad", [{"c/bad.png": b"this is not an image"}, {"c/bad.png": picture("red", (64, 64))[:90]},
-                                 {"c/notes.txt": b"notes"}, {"c/bad.jpg": picture("red", form="GIF")}])
-def test_bad_files_are_named_or_skipped_and_counted(tmp_path, bad, capsys):
-    source = write(tmp_path / "x", {"a/1.png": picture("red"), "b/1.png": picture("blue"), **bad})
-    with pytest.raises(UserError, match=next(iter(bad)).replace("/", ".")):
-        load_images(source, 8)
-    for memory_gb in (1.0, 0.0):
-        images, labels = load_images(source, 8, memory_gb, skip_bad=True, cache=tmp_path / "cache")
-        assert len(images) == 2 and labels.tolist() == [0, 1] and "skipped 1 of 3" in capsys.readouterr().out
+@pytest.mark.parametrize("size, message", [(800 * 10**6, "more than 104,857,600 bytes"), (1000, "")])
+def test_a_zip_that_unpacks_to_gigabytes_is_refused_without_using_memory(tmp_path, size, message):
+    packer = zlib.compressobj(wbits=-15)
+    packed = (packer.compress(bytes(2 * 10**6)) + packer.flush(zlib.Z_FULL_FLUSH)) * 400 + packer.flush()
+    with zipfile.ZipFile(tmp_path / "bomb.zip", "w") as archive:
+        archive.writestr("1.png", packed)
+        member = archive.getinfo("1.png")
+        member.compress_type, member.file_size = zipfile.ZIP_DEFLATED, size  # which may be a lie
+    tracemalloc.start()
+    with pytest.raises(UserError, match=f"bomb.zip: 1.png .*{message}"):
+        load_images(tmp_path / "bomb.zip", 8)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(packed) < 10**6 and peak < 2e7
 
 
-def test_a_damaged_zip_and_empty_sources_are_refused(tmp_path):
-    (tmp_path / "empty").mkdir()
-    for source, message in ((write(tmp_path / "x", {"x.zip": b"PK"}) / "x.zip", "neither a folder nor a zip"),
-                            (tmp_path / "empty", "no PNG"), (tmp_path / "gone", "does not exist"),
-                            (write_zip(tmp_path / "e.zip", {}), "no PNG"),
-                            (write(tmp_path / "z", {"1.png": b""}), "1.png")):
-        with pytest.raises(UserError, match=message):
-            load_images(source, 8)
-    with pytest.raises(UserError, match="none of its 1 images"):
-        load_images(tmp_path / "z", 8, skip_bad=True)
-
-
-def test_a_set_larger_than_its_memory_is_mapped_from_a_file_and_reused(tmp_path, capsys):
+def test_images_are_decoded_once(tmp_path, monkeypatch):
     source = write(tmp_path / "x", {f"{c}/{i}.png": picture((i, 9, 9)) for c in "ab" for i in range(5)})
-    a, labels = load_images(source, 8, cache=tmp_path / "c")
-    for _ in range(2):
-        b, mapped_labels = load_images(source, 8, memory_gb=0, cache=tmp_path / "c")
-        assert torch.equal(a, b) and torch.equal(labels, mapped_labels)
-        assert "memory-mapped" in capsys.readouterr().out
-    assert len(list((tmp_path / "c").iterdir())) == 2
-    write(source, {"a/9.png": picture("red")})  # another content, another file
-    assert len(load_images(source, 8, memory_gb=0, cache=tmp_path / "c")[0]) == 11
+    images, labels = load_images(source, 8)
+    images[:] = 0  # does not reach the file
+    with monkeypatch.context() as patch:
+        patch.setattr(Image, "open", None)
+        again, again_labels = load_images(source, 8)
+    assert again[:, 0, 0, 0].tolist() == [0, 1, 2, 3, 4] * 2 and torch.equal(labels, again_labels)
+    assert load_images(source, 4)[0].shape[2:] == (4, 4)
+    write(source / "a/9.png", RED)  # another content, another file
+    assert len(load_images(source, 8)[0]) == 11 and len(list(tmp_path.glob("data/cache/*.npy"))) == 3
 
 
 def test_cifar10_in_its_binary_version(tmp_path):
-    rng, files = np.random.default_rng(0), {}
-    records = rng.integers(0, 256, (50_000, 3073), dtype=np.uint8)
-    records[:, 0] %= 10
-    for i in range(5):
-        files[f"cifar-10-batches-bin/data_batch_{i + 1}.bin"] = records[i * 10_000:(i + 1) * 10_000].tobytes()
-    write(tmp_path, files)
-    with tarfile.open(tmp_path / "c.tar.gz", "w:gz", compresslevel=0) as archive:
-        archive.add(tmp_path / "cifar-10-batches-bin", "cifar-10-batches-bin")
-    for source in (tmp_path / "cifar-10-batches-bin", tmp_path / "c.tar.gz"):
-        images, labels = load_images(source, 32)
-        assert images.shape == (50_000, 3, 32, 32) and images[41_000, 2, 5, 7] == records[41_000, 1 + 2 * 1024 + 5 * 32 + 7]
-        assert torch.equal(labels, torch.from_numpy(records[:, 0]).long())
-    with pytest.raises(UserError, match="image_size 32"):
-        load_images(source, 16)
-    broken = tmp_path / "broken.tar.gz"
-    broken.write_bytes((tmp_path / "c.tar.gz").read_bytes()[:1_000_000])
-    with pytest.raises(UserError, match="broken.tar.gz is not CIFAR-10"):
-        load_images(broken, 32)
-    (tmp_path / "cifar-10-batches-bin/data_batch_3.bin").write_bytes(b"short")
-    with pytest.raises(UserError, match="is not CIFAR-10"):
-        load_images(tmp_path / "cifar-10-batches-bin", 32)
+    records = np.random.default_rng(0).integers(0, 256, (50_000, 3073), dtype=np.uint8)
+    for name, count in (("short.tar.gz", 9), ("c.tar.gz", 10_000)):
+        with tarfile.open(tmp_path / name, "w:gz", compresslevel=0) as archive:
+            for i in range(5):
+                info = tarfile.TarInfo(f"cifar-10-batches-bin/data_batch_{i + 1}.bin")
+                info.size = 3073 * count
+                archive.addfile(info, io.BytesIO(records[i * 10_000:].data))
+    images, labels = load_images(tmp_path / "c.tar.gz", 32)
+    assert torch.equal(labels, torch.from_numpy(records[:, 0]).long()) and len(images) == 50_000
+    assert images[41_000, 2, 5, 7] == records[41_000, 1 + 2 * 1024 + 5 * 32 + 7]
+    write(tmp_path / "cut.tar.gz", (tmp_path / "c.tar.gz").read_bytes()[:10**6])
+    for name, size, message in (("c", 16, "image_size 32"), ("cut", 32, "is not"), ("short", 32, "is not")):
+        with pytest.raises(UserError, match=f"{name}.tar.gz .*{message}"):
+            load_images(tmp_path / f"{name}.tar.gz", size)
 
 
-@pytest.fixture
-def server():
-    """A server on the loopback address: /right gives the content, /short breaks off in the middle, anything else is 404."""
-    content = bytes(range(256)) * 1000
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            self.send_response(200 if self.path in ("/right", "/short") else 404)
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content if self.path == "/right" else content[:1000])
-
-        def log_message(self, *arguments):
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}", content
-    server.shutdown()
-    server.server_close()
+def test_downloads_are_checked(tmp_path):
+    folder = write(tmp_path / "www", {"right": b"content", "cut": b"con"})
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=folder)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        here, right = f"http://127.0.0.1:{server.server_port}", hashlib.sha256(b"content").hexdigest()
+        for host, name, digest in ((here, "right", "0000"), (here, "cut", right), (here, "gone", right),
+                                   ("http://127.0.0.1:9", "x", right)):
+            with pytest.raises(UserError, match=f"no {host}/{name} .*Put it at data/{name}, or do without"):
+                common.download(f"{host}/{name}", digest, "do without")
+            assert not list((tmp_path / "data").iterdir())
+        path = common.download(f"{here}/right", right[:8], "")
+        server.shutdown()
+    assert common.download(f"{here}/right", right, "").read_bytes() == b"content"  # it is there already
+    write(path, b"another file")
+    with pytest.raises(UserError, match="the sha256 of data/right is"):
+        common.download(f"{here}/right", right, "do without")
 
 
-def test_downloads_are_checked(tmp_path, server):
-    url, content = server
-    target, md5 = tmp_path / "sub" / "file", hashlib.md5(content).hexdigest()
-    for address, digest, message in ((f"{url}/right", "0000", "is not the file"), (f"{url}/short", md5, "broke off"),
-                                     (f"{url}/gone", md5, "404"), ("http://127.0.0.1:9/x", md5, "could not download")):
-        with pytest.raises(UserError, match=message):
-            download(address, target, "md5", digest)
-        assert not list(target.parent.iterdir())
-    assert download(f"{url}/right", target, "md5", md5).read_bytes() == content
-    assert download(f"{url}/gone", target, "md5", md5) == target  # there already
-
-
-def test_writing_is_all_or_nothing(tmp_path):
-    path = tmp_path / "a" / "x.bin"
-    with writing(path) as file:
-        file.write(b"old")
-    with pytest.raises(KeyError):
-        with writing(path) as file:
-            file.write(b"new")
-            raise KeyError
-    assert path.read_bytes() == b"old" and list(path.parent.iterdir()) == [path]
-
-
-def test_a_full_disk_leaves_the_old_file(tmp_path):
-    path, cfg = tmp_path / "x.pt", common.Settings()
-    save(path, cfg, a=torch.zeros(3))
+def test_writing_is_all_or_nothing_also_on_a_full_disk(tmp_path):
+    path = tmp_path / "a" / "x.pt"
+    save(path, a=torch.zeros(3))
+    with pytest.raises(KeyError), writing(path) as file:
+        file.write(b"new")
+        raise KeyError
     limit, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limit[1]))
-        with pytest.raises(UserError, match="could not write .*x.pt.*untouched"):
-            save(path, cfg, a=torch.zeros(100_000))
+        with pytest.raises(UserError, match="could not write .*x.pt.*File too large"):
+            save(path, a=torch.zeros(100_000))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
         signal.signal(signal.SIGXFSZ, handler)
-    assert torch.load(path, weights_only=True)["a"].shape == (3,) and list(tmp_path.iterdir()) == [path]
-
-
-def test_settings_come_from_the_dataclass_then_the_preset_then_the_command_line(stage):
-    s = stage("03")
-    read = lambda *a: read_settings(s.Config, s.PRESETS, s.__doc__, a)
-    assert read().preset == "shapes" and read("--preset", "cifar10").base == 96
-    cfg = read("--preset", "cifar10", "--base", "64", "--mult", "1,1,2", "--no-flip", "--schedule", "cosine")
-    assert (cfg.base, cfg.mult, cfg.flip, cfg.schedule, cfg.lr) == (64, (1, 1, 2), False, "cosine", 2e-4)
+    assert common.read(path)["a"].shape == (3,) and list(path.parent.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("number", ["01", "02", "03", "04", "05"])
-def test_every_setting_has_a_help_text_and_every_preset_holds_known_settings(stage, number, capsys):
-    s = stage(number)
-    assert list(s.PRESETS) == ["shapes", "cifar10_quick", "cifar10", "ffhq64", "imagenet64"]
-    for preset in s.PRESETS:
-        read_settings(s.Config, s.PRESETS, s.__doc__, ["--preset", preset])
-    with pytest.raises(SystemExit):
-        read_settings(s.Config, s.PRESETS, s.__doc__, ["--help"])
-    text = " ".join(capsys.readouterr().out.split())
-    for name in s.Config.__dataclass_fields__:
-        assert f"--{name}" in text
-    assert "--seed SEED everything random follows from it [0]" in text
+def test_every_setting_has_five_values_of_one_type_and_a_text(stage, number, capsys):
+    table = stage(number).SETTINGS
+    assert len(table) <= 18 and all(len(row) == 7 and len({type(v) for v in row[1:6]}) == 1 for row in table)
+    for column, preset in enumerate(common.PRESETS, 1):
+        cfg = read_settings(table, "", ["--preset", preset])
+        assert {row[0]: row[column] for row in table}.items() <= vars(cfg).items()
+        with pytest.raises(SystemExit):
+            read_settings(table, "", ["--preset", preset, "--help"])
+        text = " ".join(capsys.readouterr().out.split())
+        assert all(len(row[6]) > 3 and f"{row[6]} [{row[column]}]" in text for row in table)
+    name, value = table[0][:2]  # the command line has the last word
+    cfg = read_settings(table, "", [f"--{name}={value}", "--preset=cifar10", "--seed=3"])
+    assert (cfg.seed, getattr(cfg, name), str(cfg.folder)) == (3, value, "out/cifar10")

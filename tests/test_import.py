@@ -1,16 +1,17 @@
-"""Published checkpoints: round trips through both formats, refusals; and EDM's sampler against a closed form."""
+"""Published checkpoints: round trips, refusals; and EDM's sampler against a closed form."""
 import math
 
 import pytest
 import torch
 
 import common
-from common import UNet, UserError, edm_heun, euler
+from common import UNet, UserError, euler
 from conftest import load_script
-from test_pipeline import call
 
-NETWORKS = [dict(image_size=32, base=32, mult=(1, 2, 2), blocks=2), dict(image_size=32, base=8, mult=(1, 1, 2), blocks=1),
-            dict(image_size=64, base=8, mult=(1, 1, 2), blocks=1), dict(image_size=16, base=8, mult=(2,), blocks=2),
+NETWORKS = [dict(image_size=32, base=32, mult=(1, 2, 2), blocks=2),
+            dict(image_size=32, base=8, mult=(1, 1, 2), blocks=1),
+            dict(image_size=64, base=8, mult=(1, 1, 2), blocks=1),
+            dict(image_size=16, base=8, mult=(2,), blocks=2),
             dict(image_size=32, base=8, mult=(1, 2, 1), blocks=3)]
 
 
@@ -22,23 +23,36 @@ def random_network(**arguments):
     return net
 
 
+def call(number, out, **more):
+    """The main of a script with --preset cifar10, in this process."""
+    s = load_script(number)
+    flags = [f"--{key}={value}" for key, value in {"out": out, "preset": "cifar10", **more}.items()]
+    s.main(common.read_settings(s.SETTINGS, s.__doc__, flags))
+
+
+def refused(out, **more):
+    with pytest.raises(UserError) as error:
+        call("import", out, **more)
+    return str(error.value)
+
+
 @pytest.mark.parametrize("arguments", NETWORKS)
 @pytest.mark.parametrize("kind", ["ncsnpp", "songunet"])
 def test_round_trip_through_both_formats_gives_the_same_samples_bit_for_bit(kind, arguments):
     s, net = load_script("import"), random_network(**arguments)
     theirs = s.export(net, getattr(s, f"{kind}_layout")(net))
-    assert sum(v.numel() for v in theirs.values()) == common.count_parameters(net)
+    assert sum(v.numel() for v in theirs.values()) == sum(p.numel() for p in net.parameters())
     again = getattr(s, f"from_{kind}")(theirs)
     assert again.args == net.args
-    noise = torch.randn(2, 3, net.args["image_size"], net.args["image_size"])
-    assert torch.equal(euler(again, noise, 2), euler(net, noise, 2))
+    z = torch.randn(2, 3, net.args["image_size"], net.args["image_size"])
+    assert torch.equal(euler(again, z, 2), euler(net, z, 2))
 
 
 def test_round_trip_with_classes():
     s, net = load_script("import"), random_network(image_size=16, base=8, mult=(1, 2), blocks=1, classes=4)
     again = s.from_songunet({f"model.{k}": v for k, v in s.export(net, s.songunet_layout(net)).items()})
-    noise, labels = torch.randn(3, 3, 16, 16), torch.tensor([0, 3, 1])
-    assert torch.equal(euler(again, noise, 2, labels), euler(net, noise, 2, labels))
+    z, labels = torch.randn(3, 3, 16, 16), torch.tensor([0, 3, 1])
+    assert torch.equal(euler(again, z, 2, labels), euler(net, z, 2, labels))
 
 
 def test_the_layouts_are_the_published_ones():
@@ -51,45 +65,58 @@ def test_the_layouts_are_the_published_ones():
     h = (q @ k.transpose(1, 2) * c**-0.5).softmax(2) @ v
     h = (h @ ncsnpp["all_modules.4.NIN_3.W"] + ncsnpp["all_modules.4.NIN_3.b"]).transpose(1, 2).view_as(x)
     torch.testing.assert_close((x + h) / math.sqrt(2), attention(x))
-    qkv = flat @ song["enc.16x16_block0.qkv.weight"][:, :, 0, 0].T + song["enc.16x16_block0.qkv.bias"]  # row 3 c + s
-    torch.testing.assert_close(qkv[..., 1::3], k)
+    weight, bias = (song[f"enc.16x16_block0.qkv.{part}"] for part in ("weight", "bias"))
+    torch.testing.assert_close((flat @ weight[:, :, 0, 0].T + bias)[..., 1::3], k)  # row 3 c + s
 
 
-def published(s, net, folder, wrapped):
+def published(s, net, folder, prefix):
     """The authors' checkpoint of a network: trained weights all 0, EMA as a nameless list."""
     ncsnpp = s.export(net, s.ncsnpp_layout(net))
-    prefix = "module." if wrapped else ""
-    model = {f"{prefix}sigmas": torch.ones(1000), **{f"{prefix}{k}": torch.zeros_like(v) for k, v in ncsnpp.items()}}
-    torch.save({"model": model, "ema": {"decay": 0.999999, "num_updates": 5, "shadow_params": list(ncsnpp.values())},
+    model = {prefix + k: torch.zeros_like(v) for k, v in {"sigmas": torch.ones(1000), **ncsnpp}.items()}
+    torch.save({"model": model, "ema": {"decay": 0.999999, "shadow_params": list(ncsnpp.values())},
                 "optimizer": {"state": {}}, "step": 7}, folder / "published.pth")
     return folder / "published.pth"
 
 
-@pytest.mark.parametrize("wrapped", [True, False])
-def test_the_authors_checkpoint_becomes_a_teacher_that_makes_pairs(tmp_path, wrapped):
+@pytest.mark.parametrize("prefix", ["module.", ""])
+def test_the_authors_checkpoint_becomes_a_teacher_that_makes_pairs(tmp_path, prefix):
     s, net = load_script("import"), random_network(**NETWORKS[1])
-    run_import(tmp_path, checkpoint=published(s, net, tmp_path, wrapped))
-    call("02", tmp_path, preset="cifar10", n_pairs=3)
-    images = torch.load(tmp_path / "cifar10/02_pairs.pt", weights_only=True)["images"]
+    path = published(s, net, tmp_path, prefix)
+    call("import", tmp_path, checkpoint=path, dropout=0.1)
+    call("02", tmp_path, n_pairs=3, sample_steps=2)
+    pairs, teacher = (common.read(tmp_path / "cifar10" / name) for name in ("02_pairs.pt", "01_teacher.pt"))
     expected = euler(net, common.noise_for(0, range(3), (3, 32, 32)), 2)
-    torch.testing.assert_close(images.float(), expected, atol=1e-2, rtol=1e-3)
+    torch.testing.assert_close(pairs["x"].float(), expected, atol=1e-2, rtol=1e-3)
+    assert teacher["network"]["dropout"] == 0.1 and teacher["settings"]["data"] == "cifar10"
+    assert list(pairs["made_from"]) == ["published.pth", "01_teacher.pt"]
+    assert "is there already: --restart replaces it" in refused(tmp_path, checkpoint=path)
 
 
 def test_an_edm_network_makes_pairs_with_its_own_sampler(tmp_path):
     s, net = load_script("import"), random_network(**NETWORKS[1])
-    torch.save(s.export(net, s.songunet_layout(net)), tmp_path / "edm.pt")
-    run_import(tmp_path, checkpoint=tmp_path / "edm.pt")
-    call("02", tmp_path, preset="cifar10", n_pairs=3, sample_steps=3)
-    images = torch.load(tmp_path / "cifar10/02_pairs.pt", weights_only=True)["images"]
-    expected = edm_heun(net, common.noise_for(0, range(3), (3, 32, 32)), 3)
-    torch.testing.assert_close(images.float(), expected, atol=1e-2, rtol=1e-3)
-    assert "is there already: --restart replaces it" in import_refused(tmp_path, checkpoint=tmp_path / "edm.pt")
-    assert "can be the teacher only" in import_refused(tmp_path, checkpoint=tmp_path / "edm.pt", to="04_student")
+    theirs = s.export(net, s.songunet_layout(net))
+    assert torch.equal(s.from_songunet(theirs).frequencies, net.frequencies)
+    theirs["model.enc.16x16_down.conv0.resample_filter"] = torch.ones(1, 1, 2, 2)  # so EDM's code wrote it
+    torch.save(theirs, tmp_path / "edm.pt")
+    by_edm = s.from_songunet(theirs)
+    torch.testing.assert_close(by_edm.frequencies, net.frequencies)
+    assert torch.equal(by_edm.frequencies, (1 / 10_000) ** (torch.arange(4) / 3))
+    edm = dict(checkpoint=tmp_path / "edm.pt", n_pairs=3)
+    call("import", tmp_path, **edm, sample_steps=3)
+    pairs = common.read(tmp_path / "cifar10/02_pairs.pt")
+    z = common.noise_for(0, range(3), (3, 32, 32)).half()
+    assert torch.equal(pairs["z"], z) and not (tmp_path / "cifar10/01_teacher.pt").exists()
+    torch.testing.assert_close(pairs["x"].float(), s.edm_heun(by_edm, z.float(), 3), atol=1e-2, rtol=1e-3)
+    call("03", tmp_path, steps=1, batch=2, base=8, blocks=1)  # reads them
+    assert "edm.pt" in common.read(tmp_path / "cifar10/03_reflow.pt")["made_from"]
+    call("import", tmp_path, **edm, sample_steps=3)  # nothing left to do
+    assert "steps was 3, is 4" in refused(tmp_path, **edm, sample_steps=4)
+    assert "is a teacher, not 04_student" in refused(tmp_path, **edm, to="04_student")
 
 
 def test_edm_sampler_follows_the_exact_path_of_a_gaussian():
-    """Data N(0, s^2): D(x; sigma) = s^2 / (s^2 + sigma^2) x, and the path ends at x(0) = x(80) s / sqrt(s^2 + 80^2)."""
-    s, calls = 0.3, []
+    """Data N(0, s^2): D(x; sigma) = s^2 / (s^2 + sigma^2) x, and x(0) = x(80) s / sqrt(s^2 + 80^2)."""
+    s, calls, edm_heun = 0.3, [], load_script("import").edm_heun
 
     def network(x, t, labels):
         sigma = math.exp(4 * 999 * t[0].item())
@@ -98,31 +125,21 @@ def test_edm_sampler_follows_the_exact_path_of_a_gaussian():
         denoised = s**2 / (s**2 + sigma**2) * x
         return (denoised - 0.25 / (sigma**2 + 0.25) * x) * math.sqrt(sigma**2 + 0.25) / (0.5 * sigma)
 
-    noise = torch.randn(5, 3, 4, 4)
-    edm_heun(network, noise, 18)
-    assert len(calls) == 35 and calls[0] == pytest.approx(80, rel=1e-3) and calls[-1] == pytest.approx(0.002, rel=1e-3)
-    expected = noise * 80 * s / math.sqrt(s**2 + 80**2)
-    errors = [(edm_heun(network, noise, steps) - expected).abs().max() for steps in (100, 200)]
+    z = torch.randn(5, 3, 4, 4)
+    edm_heun(network, z, 18)
+    assert len(calls) == 35 and [calls[0], calls[-1]] == pytest.approx([80, 0.002], rel=1e-3)
+    expected = z * 80 * s / math.sqrt(s**2 + 80**2)
+    errors = [(edm_heun(network, z, steps) - expected).abs().max() for steps in (100, 200)]
     assert errors[1] < 1e-3 and 3 < errors[0] / errors[1] < 5  # of second order
     calls.clear()
-    assert edm_heun(network, noise, 1).shape == noise.shape and len(calls) == 1
+    assert edm_heun(network, z, 1).shape == z.shape and len(calls) == 1
 
 
-def run_import(out, **more):
-    s = load_script("import")
-    flags = [f"--{k}={v}" for k, v in {"out": out, "preset": "cifar10", **more}.items()]
-    s.main(common.read_settings(s.Config, s.PRESETS, s.__doc__, flags))
-
-
-def import_refused(out, **more):
-    with pytest.raises(UserError) as error:
-        run_import(out, **more)
-    return str(error.value)
-
-
-@pytest.mark.parametrize("kind, key", [("ncsnpp", "all_modules.9.Conv_0.bias"), ("ncsnpp", "all_modules.6.NIN_1.W"),
-                                       ("ncsnpp", "all_modules.22.weight"), ("songunet", "enc.16x16_block0.qkv.bias"),
-                                       ("songunet", "dec.32x32_aux_conv.weight"), ("songunet", "dec.8x8_in0.skip.weight")])
+@pytest.mark.parametrize("kind, key", [
+    ("ncsnpp", "all_modules.9.Conv_0.bias"), ("ncsnpp", "all_modules.6.NIN_1.W"),
+    ("ncsnpp", "all_modules.22.weight"), ("ncsnpp", "all_modules.9.Conv_0.weight"),
+    ("songunet", "enc.16x16_block0.qkv.bias"), ("songunet", "dec.32x32_aux_conv.weight"),
+    ("songunet", "dec.8x8_in0.skip.weight")])
 def test_incomplete_state_dicts_are_refused_with_the_names_of_the_entries(kind, key):
     s, net = load_script("import"), random_network(**NETWORKS[1])
     good, read = s.export(net, getattr(s, f"{kind}_layout")(net)), getattr(s, f"from_{kind}")
@@ -145,13 +162,15 @@ def test_files_that_are_no_checkpoints_are_refused(tmp_path):
     (tmp_path / "text.pt").write_text("no")
     torch.save([1, 2], tmp_path / "list.pt")
     torch.save({"out_conv.weight": torch.zeros(1)}, tmp_path / "adm.pt")
+    torch.save({"out_conv.weight": torch.zeros(1)}, tmp_path / "01_teacher.pt")
     for name, message in (("code.pkl", "holds code"), ("text.pt", "is damaged"), ("list.pt", "no state dict"),
-                          ("adm.pt", "an ADM network"), ("gone.pt", "does not exist")):
-        assert message in import_refused(tmp_path, checkpoint=tmp_path / name), name
+                          ("adm.pt", "an ADM network"), ("gone.pt", "does not exist"),
+                          ("01_teacher.pt", "a name that no result has")):
+        assert message in refused(tmp_path, checkpoint=tmp_path / name), name
     assert not (tmp_path / "created").exists() and not (tmp_path / "cifar10").exists()
     s, net = load_script("import"), random_network(**NETWORKS[1])
-    path = published(s, net, tmp_path, True)
+    path = published(s, net, tmp_path, "module.")
     content = torch.load(path, weights_only=True)
     content["ema"]["shadow_params"].pop()
     torch.save(content, path)
-    assert "the EMA has" in import_refused(tmp_path, checkpoint=path)
+    assert "the EMA has" in refused(tmp_path, checkpoint=path)

@@ -1,7 +1,12 @@
-"""Frechet distances with known answers, the feature networks, and reference numbers where they are at hand."""
+"""Frechet distances, feature networks and LPIPS: known answers, and numbers of reference implementations.
+
+tests/fixtures: Frechet distances to 60 digits; features of FID's network with weights from the formula `filled`.
+"""
+import hashlib
 import io
 import json
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,287 +14,213 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from common import EPS, UserError, draw_shapes, from_uint8, read_settings, to_uint8
-from conftest import load_script
-from test_network import FIXTURES
+import common
+from common import UserError, draw_shapes, from_uint8, to_uint8
+from conftest import ROOT, load_script
+
+FIXTURES, CPU = Path(__file__).with_name("fixtures"), torch.device("cpu")
+LPIPS_REFERENCE = ROOT.parent / "shared/fixtures/lpips_ref.npz"  # holds published weights: it stays outside
 
 
 def test_frechet_distance_of_known_gaussians(stage):
-    distance = stage("05").frechet_distance
-    mu, eye = torch.zeros(4), torch.eye(4)
-    assert distance(mu, eye, mu, eye) == pytest.approx(0, abs=1e-12)
+    distance, mu, eye = stage("05").frechet_distance, torch.zeros(4), torch.eye(4)
     assert distance(mu, eye, mu + 3, eye) == pytest.approx(36)
     assert distance(mu, 4 * eye, mu, 9 * eye) == pytest.approx(4 * (3 - 2) ** 2)
-    # Singular: one direction each, at right angles.
-    a, b = torch.diag(torch.tensor([1.0, 0, 0, 0])), torch.diag(torch.tensor([0, 4.0, 0, 0]))
+    a, b = torch.diag(torch.tensor([1.0, 0, 0, 0])), torch.diag(torch.tensor([0, 4.0, 0, 0]))  # singular
     assert distance(mu, a, mu, b) == pytest.approx(5) and distance(mu, a, mu, 4 * a) == pytest.approx(1)
+    for bad_mu, bad_sigma, message in ((mu, eye + a.roll(1, 0), "symmetric"), (mu / 0, eye, "finite"),
+                                       (mu, eye / 0, "finite"), (mu[:2], eye[:2, :2], "dimension")):
+        with pytest.raises(UserError, match=message):
+            distance(bad_mu, bad_sigma, mu, eye)
+
+
+def test_frechet_distances_equal_the_references(stage):
+    data = np.load(FIXTURES / "frechet.npz")
+    names = sorted({key.split("::")[0] for key in data.files})
+    assert len(names) == 11
+    for name in names:
+        *gaussians, expected = (data[f"{name}::{part}"] for part in ("mu1", "sigma1", "mu2", "sigma2", "dist"))
+        assert stage("05").frechet_distance(*gaussians) == pytest.approx(float(expected), rel=1e-9, abs=1e-9), name
 
 
 def test_gaussian_streams_to_the_same_moments_in_any_batch_size(stage):
-    images, _ = draw_shapes(70, 4)
-    features_of = lambda x: x.flatten(1)[:, :10].float()
-    expected = features_of(images).double().numpy()
+    features = draw_shapes(70, 4)[0].flatten(1)[:, :10].float()
     for batch in (1, 32, 70):
-        mu, sigma = stage("05").gaussian(map(features_of, images.split(batch)), 10)
-        np.testing.assert_allclose(mu, expected.mean(0), rtol=1e-12)
-        np.testing.assert_allclose(sigma, np.cov(expected.T), rtol=1e-9)
+        mu, sigma = stage("05").gaussian(iter(features.split(batch)), 10)
+        np.testing.assert_allclose(mu, features.double().mean(0), rtol=1e-12)
+        np.testing.assert_allclose(sigma, np.cov(features.double().numpy().T), rtol=1e-9)
 
 
 def test_fd_shapes_orders_what_a_person_would_order(stage):
     s = stage("05")
-    images, attributes = draw_shapes(2000, 16)
-    net = s.train_shape_net(images, attributes, 150, 0, "cpu")
-    once, again = (s.train_shape_net(images, attributes, 3, 0, "cpu").head.weight for _ in range(2))
-    assert torch.equal(once, again)
-    features_of = torch.no_grad()(lambda x: net(from_uint8(x)))
-    reference = s.gaussian(map(features_of, images.split(500)), 72)
-    other, kinds = draw_shapes(1000, 16, seed=1)
-    noisy = to_uint8(from_uint8(other) + 0.3 * torch.randn(other.shape))
-    variants = [other, noisy, other[kinds[:, 0] == 0], (torch.rand(other.shape) * 255).byte()]
-    floor, noise, circles, static = [s.frechet_distance(*s.gaussian(map(features_of, x.split(500)), 72), *reference) for x in variants]
-    assert 10 * floor < noise < static and 10 * floor < circles < static
+    net, (other, kinds) = s.load_judge(CPU), draw_shapes(1000, 16, seed=1)
+    noisy, static = to_uint8(from_uint8(other) + 0.3 * torch.randn(other.shape)), (torch.rand(other.shape) * 255).byte()
+    gaussians = []
+    for images in (draw_shapes(2000, 16)[0], other, noisy, other[kinds[:, 0] == 0], static):
+        with torch.no_grad():
+            gaussians.append(s.gaussian([net(from_uint8(images))], net.head.in_features))
+    floor, noise, circles, worst = (s.frechet_distance(*gaussian, *gaussians[0]) for gaussian in gaussians[1:])
+    assert 10 * floor < noise < worst and 10 * floor < circles < worst
 
 
-def test_gaussians_that_are_none_are_refused(stage):
-    mu, sigma = torch.zeros(3), torch.eye(3)
-    crooked = sigma.clone()
-    crooked[0, 1] = 0.5
-    for bad_mu, bad_sigma, message in ((mu, crooked, "not symmetric"), (mu * float("nan"), sigma, "not finite"), (mu[:2], sigma, "shape"),
-                                       (mu, sigma / 0, "not finite"), (torch.zeros(4), torch.eye(4), "4 and 3 dimensions")):
-        with pytest.raises(UserError, match=message):
-            stage("05").frechet_distance(bad_mu, bad_sigma, mu, sigma)
-
-
-def test_frechet_distance_of_two_gaussians_drawn_in_feature_space(stage):
-    """Samples of N(m, a^2) and N(0, b^2), independent: d = |m|^2 + D (a - b)^2; and of a set against itself: 0."""
-    s, n, d = stage("05"), 200_000, 5
-    first, second = 0.5 + 2 * torch.randn(n, d), 3 * torch.randn(n, d)
-    a, b = (s.gaussian(x.split(1000), d) for x in (first, second))
-    assert s.frechet_distance(*a, *b) == pytest.approx(d * 0.25 + d * 1, rel=0.02)
-    assert s.frechet_distance(*a, *a) == pytest.approx(0, abs=1e-6)
-    shuffled = s.gaussian(first[torch.randperm(n)].split(777), d)
-    assert s.frechet_distance(*shuffled, *b) == pytest.approx(s.frechet_distance(*a, *b), rel=1e-6)
-
-
-def test_quantise_rounds_or_truncates(stage):
+def test_quantise_rounds_or_truncates_and_resize_tf1_has_no_half_pixel_centres(stage):
     x = torch.tensor([-2.0, -1, -0.995, 0, 1, 2])
     assert stage("05").quantise(x, "round").tolist() == [0, 0, 1, 128, 255, 255]
     assert stage("05").quantise(x, "truncate").tolist() == [0, 0, 0, 127, 255, 255]
-
-
-def test_straightness_is_the_variance_of_the_velocity_along_the_path(stage):
-    noise = torch.randn(4, 3, 2, 2)
-    straight = lambda x, t, labels: torch.full_like(x, 3.0)
-    assert stage("05").straightness(straight, noise, 4) == pytest.approx(0, abs=1e-5)
-    # v = (number of the step): 0, 1, 2, 3, whose variance is 1.25
-    curved = lambda x, t, labels: torch.full_like(x, ((t[0] - EPS) / (1 - EPS) * 4).round())
-    assert stage("05").straightness(curved, noise, 4) == pytest.approx(1.25, abs=1e-5)
-
-
-def test_wrong_weights_are_refused(stage, tmp_path):
-    s, read = stage("05"), lambda name, **more: stage("05").load_inception(
-        s.Config(inception_weights=str(tmp_path / name), **more), "cpu")
-    torch.save({"fc.weight": torch.zeros(2), "extra": torch.zeros(1)}, tmp_path / "w.pth")
-    (tmp_path / "x.pth").write_bytes(b"nonsense")
-    with pytest.raises(UserError, match=r"w.pth is not the published file: its sha256 begins with \w{8}, not 6726825d"):
-        read("w.pth")
-    with pytest.raises(UserError, match="missing, first Conv2d_1a_3x3.*1 entries unexpected, first extra; 1 entries misshapen, first fc"):
-        read("w.pth", any_weights=True)
-    with pytest.raises(UserError, match="x.pth does not hold weights"):
-        read("x.pth", any_weights=True)
-    with pytest.raises(UserError, match="does not exist; https://github.com/mseitzer"):
-        read("gone.pth")
-
-
-def write_set(path, images):
-    """uint8 (N, 3, H, W) as a zip of PNGs."""
-    with zipfile.ZipFile(path, "w") as archive:
-        for i, image in enumerate(images):
-            file = io.BytesIO()
-            Image.fromarray(image.permute(1, 2, 0).numpy()).save(file, "PNG")
-            archive.writestr(f"{i:04}.png", file.getvalue())
-
-
-def test_sets_of_images_are_the_same_from_a_zip_and_from_arrays(stage, tmp_path):
-    s, images = stage("05"), draw_shapes(5, 8)[0]
-    write_set(tmp_path / "a.zip", images)
-    np.save(tmp_path / "b.npy", images.permute(0, 2, 3, 1).numpy())
-    np.savez(tmp_path / "c.npz", images.numpy())
-    np.save(tmp_path / "d.npy", from_uint8(images).numpy())
-    for name in ("a.zip", "b.npy", "c.npz", "d.npy"):
-        assert torch.equal(s.read_set(str(tmp_path / name), None, s.Config()), images), name
-    bad = {"gray.npy": np.zeros((4, 8, 8), np.uint8), "empty.npy": np.zeros((0, 8, 8, 3), np.uint8), "range.npy": np.full((2, 3, 8, 8), 7.0),
-           "objects.npy": np.array([{}], dtype=object)}
-    for (name, array), message in zip(bad.items(), ("RGB images.*grayscale", "RGB images", "in .-1, 1., not float64 from 7", "read")):
-        np.save(tmp_path / name, array)
-        with pytest.raises(UserError, match=f"{name}.*{message}"):
-            s.read_set(str(tmp_path / name), None, s.Config())
-    with pytest.raises(UserError, match="8x8 pixels, and the networks make 16x16"):
-        s.read_set(str(tmp_path / "b.npy"), 16, s.Config())
-    write_set(tmp_path / "mixed.zip", [images[0], images[1][:, :6]])
-    with pytest.raises(UserError, match="0001.png has 8x6 pixels, and the first image 8x8"):
-        s.read_set(str(tmp_path / "mixed.zip"), None, s.Config())
-
-
-@pytest.fixture(scope="module")
-def inception_file(tmp_path_factory):
-    """Weights that Inception accepts, made by a formula: a stand-in for the published file, which is 91 MB."""
-    path = tmp_path_factory.mktemp("weights") / "inception.pth"
-    shapes = {k: tuple(v.shape) for k, v in sorted(load_script("05").Inception().state_dict().items()) if "num_batches" not in k}
-    torch.save(filled(list(shapes), list(shapes.values())), path)
-    return path
-
-
-def test_fid_of_two_sets_without_networks(inception_file, tmp_path):
-    images, others = draw_shapes(6, 16)[0], draw_shapes(5, 16, seed=1)[0]
-    write_set(tmp_path / "a.zip", images)
-    write_set(tmp_path / "b.zip", others)
-    flags = ["--metric=fid", f"--inception_weights={inception_file}", "--any_weights", f"--out={tmp_path}"]
-
-    def measured(images, reference, *more):
-        s = load_script("05")
-        s.main(read_settings(s.Config, s.PRESETS, "", [*flags, "--allow_few", f"--images={images}", f"--reference={reference}", *more]))
-        return json.loads((tmp_path / "shapes/05_images.json").read_text())
-
-    itself, other = (measured(tmp_path / "a.zip", tmp_path / name) for name in ("a.zip", "b.zip"))
-    assert itself["rows"][0]["distance"] == pytest.approx(0, abs=1e-6) and other["rows"][0]["distance"] > 1e-4
-    assert other["protocol"]["metric"].startswith("FD-inception-") and other["protocol"]["n_reference"] == 5  # not called FID
-    # The reference was kept: with its statistics as they are, and without its images, the distance is the same.
-    kept = [torch.load(p, weights_only=True) for p in sorted((tmp_path / "shapes").glob("05_reference_*.pt"))]
-    reference, = [k for k in kept if "(5, 3, 16, 16)" in k["made_from"] or "[5, 3, 16, 16]" in k["made_from"]]
-    np.savez(tmp_path / "statistics.npz", mu=reference["mu"].numpy(), sigma=reference["sigma"].numpy())
-    again = measured(tmp_path / "a.zip", tmp_path / "statistics.npz", "--feature_batch=2")
-    assert again["rows"][0]["distance"] == pytest.approx(other["rows"][0]["distance"], rel=1e-4)
-    assert again["protocol"]["n_reference"] is None and again["protocol"]["reference_sha256"]
-
-    for more, message in (([], "6 images are fewer than the 2048 features"), (["--reference="], "--images needs --reference"),
-                          ([f"--reference={tmp_path / 'small.zip'}", "--allow_few"], "bring them to one size")):
-        write_set(tmp_path / "small.zip", images[:, :, :8, :8])
-        with pytest.raises(UserError, match=message):
-            s = load_script("05")
-            s.main(read_settings(s.Config, s.PRESETS, "", [*flags, f"--images={tmp_path / 'a.zip'}", f"--reference={tmp_path / 'b.zip'}", *more]))
-    np.savez(tmp_path / "wrong.npz", mu=np.zeros(3), sigma=np.eye(3))
-    with pytest.raises(UserError, match="statistics of 3 features, and FD-inception.* has 2048"):
-        measured(tmp_path / "a.zip", tmp_path / "wrong.npz")
-
-
-def test_resize_tf1_has_no_half_pixel_centres(stage):
     x = torch.tensor([[0.0, 10.0]]).expand(1, 1, 2, 2)
     assert stage("05").resize_tf1(x, 4)[0, 0, 0].tolist() == [0, 5, 10, 10]
 
 
-@pytest.mark.skipif(not FIXTURES.exists(), reason="reference numbers are not at hand")
-def test_frechet_distances_equal_the_references(stage):
-    data = np.load(FIXTURES / "frechet.npz")
-    names = sorted({key.split("::")[0] for key in data.files if "::" in key})
-    assert len(names) == 11
-    for name in names:
-        parts = [data[f"{name}::{part}"] for part in ("mu1", "sigma1", "mu2", "sigma2")]
-        assert stage("05").frechet_distance(*parts) == pytest.approx(float(data[f"{name}::dist"]), rel=1e-9, abs=1e-9), name
+# ---------------------------------------------------------------------------------------------- Inception
 
-
-def filled(keys, shapes):
-    """The reference's formula for weights: a hash of (tensor, position), no random state."""
-    weights = {}
-    for i, (key, shape) in enumerate(zip(keys, shapes)):
-        h = (np.arange(int(np.prod(shape)), dtype=np.uint64) * 2654435761 + (i + 1) * 2246822519) & 0xFFFFFFFF
+def filled(state):
+    """Weights by the references' formula, a hash of (number of the tensor, position): no random state."""
+    weights, keys = {}, sorted(key for key in state if not key.endswith("num_batches_tracked"))
+    for i, key in enumerate(keys):
+        h = (np.arange(state[key].numel(), dtype=np.uint64) * 2654435761 + (i + 1) * 2246822519) & 0xFFFFFFFF
         for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
             h = ((h ^ (h >> np.uint64(shift))) * np.uint64(factor)) & np.uint64(0xFFFFFFFF)
         u = h.astype(np.float64) / 2**32
-        s = 2 * u - 1
-        if key.endswith(("conv.weight", "fc.weight")) or key.startswith("features.") and key.endswith("weight"):
-            values = s * np.sqrt(6 / np.prod(shape[1:]))
+        values = 0.2 * u - 0.1
+        if state[key].ndim > 1:
+            values = (2 * u - 1) * np.sqrt(6 / state[key][0].numel())
         elif key.endswith("bn.weight"):
-            values = 1 + 0.1 * s
-        else:
-            values = 0.5 + u if key.endswith("running_var") else 0.1 * s
-        weights[key] = torch.from_numpy(values.astype(np.float32).reshape(shape))
+            values += 1
+        elif key.endswith("running_var"):
+            values = 0.5 + u
+        weights[key] = torch.from_numpy(values.astype(np.float32)).view(state[key].shape)
     return weights
 
 
-@pytest.mark.skipif(not FIXTURES.exists(), reason="reference numbers are not at hand")
-def test_inception_features_equal_the_references(stage, tmp_path):
-    s, data = stage("05"), np.load(FIXTURES / "inception_ref.npz")
-    state = s.Inception().state_dict()
-    assert sorted(state) == sorted(data["all_keys"].tolist())
-    keys = data["keys"].tolist()
-    torch.save(filled(keys, [tuple(state[key].shape) for key in keys]), tmp_path / "weights.pth")
-    net, _ = s.load_inception(s.Config(inception_weights=str(tmp_path / "weights.pth"), any_weights=True), "cpu")
-    images = torch.from_numpy(data["images"])
+@pytest.fixture(scope="module")
+def inception_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "inception.pth"
+    torch.save(filled(load_script("05").Inception().state_dict()), path)
+    return path
+
+
+@pytest.fixture
+def published(inception_file, monkeypatch):
+    """Stage 05, and a stand-in for the published file of 91 MB at data/inception.pth."""
+    s = load_script("05")
+    monkeypatch.setattr(s, "INCEPTION_URL", "http://127.0.0.1:9/inception.pth")
+    monkeypatch.setattr(s, "INCEPTION_SHA256", hashlib.sha256(inception_file.read_bytes()).hexdigest()[:8])
+    Path("data").mkdir()
+    Path("data/inception.pth").symlink_to(inception_file)
+    return s
+
+
+def test_inception_features_equal_the_references_and_other_weights_are_refused(published):
+    data, net = np.load(FIXTURES / "inception.npz"), published.load_inception(CPU)
+    assert sorted(net.state_dict()) == sorted(data["keys"].tolist()) and not net.training
     for resize, name in (("tf1", "feat_tf1"), ("pytorch_fid", "feat_pytorchfid")):
-        assert np.abs(s.inception_features(net, images, resize).numpy() - data[name]).max() < 1e-4, resize
+        features = published.inception_features(net, torch.from_numpy(data["images"]), resize)
+        assert np.abs(features.numpy() - data[name]).max() < 1e-4, resize
+    Path("data/inception.pth").unlink()
+    Path("data/inception.pth").write_bytes(b"nonsense")
+    with pytest.raises(UserError, match="sha256 of data/inception.pth is .*--metric none"):
+        published.load_inception(CPU)
 
 
-# ------------------------------------------------------------------------------------------------- LPIPS
+def test_fid_of_two_sets_without_networks(published, monkeypatch):
+    images, frechet_distance = draw_shapes(7, 16)[0], published.frechet_distance
 
-def random_lpips(stage):
-    torch.manual_seed(0)
-    lpips = stage("04").LPIPS()
+    def of_64_features(*gaussians):  # of the 2048, which would take seconds
+        return frechet_distance(*(a[:64, :64] if a.ndim == 2 else a[:64] for a in gaussians))
+
+    def measured(images, reference, *flags):
+        argv = ["--metric=fid", f"--images={images}", f"--reference={reference}", *flags]
+        published.main(common.read_settings(published.SETTINGS, "", argv))
+        return json.loads(Path("out/shapes/05_images.json").read_text())
+
+    monkeypatch.setattr(published, "frechet_distance", of_64_features)
+    for name, part in (("a", images[:3]), ("b", images[3:]), ("small", images[:3, :, ::2, ::2])):
+        Path(name).mkdir()
+        with zipfile.ZipFile(f"{name}.zip", "w") as archive:
+            for i, image in enumerate(part):
+                Image.fromarray(image.permute(1, 2, 0).numpy()).save(f"{name}/{i}.png")
+                archive.write(f"{name}/{i}.png")
+    net = published.load_inception(CPU)
+    features = published.inception_features(net, images).split([3, 4])
+    (mu, sigma), reference = (published.gaussian([part], 2048) for part in features)
+    np.savez("edm.npz", mu=reference[0], sigma=reference[1])  # statistics as EDM publishes them
+    expected = of_64_features(mu, sigma, *reference)
+    for given, against in (("a.zip", "b"), ("a", "b.zip"), ("a", "edm.npz")):
+        result = measured(given, against, "--allow_few")
+        assert 1e-3 < expected == pytest.approx(result["rows"][0]["distance"], rel=1e-4)
+        protocol = [result["protocol"].get(key) for key in ("metric", "resize", "n_samples", "n_reference")]
+        assert protocol == ["FID", "tf1", 3, 4 if against != "edm.npz" else None]
+    other = measured("a", "b", "--allow_few", "--resize=pytorch_fid")["rows"][0]["distance"]
+    assert other != pytest.approx(expected, rel=1e-3)
+    np.savez("wrong.npz", mu=np.zeros(3), sigma=np.eye(3))
+    np.savez("objects.npz", mu=np.array([{}]), sigma=np.eye(3))
+    for reference, message in (("wrong.npz", "3 features, .*2048"), ("objects.npz", "objects.npz"),
+                               ("small", "another size than small")):
+        with pytest.raises(UserError, match=message):
+            measured("a", reference, "--allow_few")
+    with pytest.raises(UserError, match="3 images are fewer than the 2048 features"):
+        measured("a", "b")
+
+
+# -------------------------------------------------------------------------------------------------- LPIPS
+
+@pytest.fixture(scope="module")
+def lpips():
+    """LPIPS with VGG's weights from the formula, and made-up positive weights of the channels."""
+    net, generator = load_script("04").LPIPS(), torch.Generator().manual_seed(0)
+    net.features.load_state_dict(filled(net.features.state_dict()))
     for i in range(5):
-        lpips.get_submodule(f"lin{i}.model.1").weight.data.uniform_(0.1, 1)
-    return lpips
+        net.get_submodule(f"lin{i}.model.1").weight.uniform_(0.1, 1, generator=generator)
+    return net
 
 
-def test_lpips_is_what_its_definition_says(stage):
-    """A second derivation, from VGG's layers by number."""
-    lpips, x, y = random_lpips(stage), torch.rand(2, 3, 64, 64) * 2 - 1, torch.rand(2, 3, 64, 64) * 2 - 1
-    shift, scale = torch.tensor([-0.030, -0.088, -0.188]), torch.tensor([0.458, 0.448, 0.450])
-    expected = []
-    for i, last in enumerate((3, 8, 15, 22, 29)):
-        a, b = (F.normalize(lpips.features[:last + 1]((v - shift[:, None, None]) / scale[:, None, None])) for v in (x, y))
-        weight = lpips.state_dict()[f"lin{i}.model.1.weight"]
-        expected.append(F.conv2d((a - b) ** 2, weight).mean(dim=(1, 2, 3)))
+def test_lpips_is_what_its_definition_says(lpips):
+    """A second derivation, from the names of the published weights: VGG16's convolutions by number."""
+    (x, y), state, expected = torch.rand(2, 2, 3, 64, 64) * 2 - 1, lpips.state_dict(), []
+    h = torch.cat([x, y]) - torch.tensor([-0.030, -0.088, -0.188])[:, None, None]
+    h = h / torch.tensor([0.458, 0.448, 0.450])[:, None, None]
+    for i in (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28):
+        h = F.max_pool2d(h, 2) if i in (5, 10, 17, 24) else h
+        h = F.relu(F.conv2d(h, state[f"features.{i}.weight"], state[f"features.{i}.bias"], padding=1))
+        if i in (2, 7, 14, 21, 28):
+            a, b = F.normalize(h).chunk(2)
+            weight = state[f"lin{len(expected)}.model.1.weight"]
+            expected.append(F.conv2d((a - b) ** 2, weight).mean(dim=(1, 2, 3)))
     torch.testing.assert_close(lpips.per_layer(x, y), torch.stack(expected, 1))
     torch.testing.assert_close(lpips(x, y), sum(expected))
-    assert lpips(x, x).abs().max() == 0 and sum(p.requires_grad for p in lpips.parameters()) == 0
-    small = x[:, :, ::2, ::2]
-    large = F.interpolate(small, (64, 64), mode="bilinear", align_corners=True)
-    torch.testing.assert_close(lpips(small, y), lpips(large, y))
+    assert lpips(x, x).abs().max() == 0 and not any(p.requires_grad for p in lpips.parameters())
+    large = F.interpolate(x[:, :, ::2, ::2], (64, 64), mode="bilinear", align_corners=True)
+    torch.testing.assert_close(lpips(x[:, :, ::2, ::2], y), lpips(large, y))
 
 
 def test_lpips_has_a_finite_gradient_where_all_features_are_zero(stage):
-    lpips = random_lpips(stage)
-    for layer in lpips.features[:4:2]:
-        layer.bias.data.fill_(-100.0)  # every ReLU is off
-    x = torch.zeros(1, 3, 64, 64, requires_grad=True)
-    lpips(x, torch.rand(1, 3, 64, 64)).sum().backward()
+    net, x = stage("04").LPIPS(), torch.zeros(1, 3, 64, 64, requires_grad=True)
+    for layer in (net.features[0], net.features[2]):
+        layer.bias.fill_(-100.0)  # every ReLU is off
+    net(x, torch.rand(1, 3, 64, 64)).sum().backward()
     assert x.grad.isfinite().all()
 
 
-def test_pseudo_huber_and_l2(stage):
-    x, y = torch.zeros(2, 3, 4, 4), torch.zeros(2, 3, 4, 4)
-    y[1] = 2.0
-    assert stage("04").squared_l2(x, y).tolist() == [0, 4]
-    assert stage("04").pseudo_huber(x, y).tolist() == pytest.approx([0, 2 * 48**0.5], rel=1e-3)  # far away it is the length
+def test_lpips_reads_the_published_files_and_refuses_others(lpips, stage, monkeypatch):
+    s, state, (x, y) = stage("04"), lpips.state_dict(), torch.rand(2, 1, 3, 32, 32)
+    Path("data").mkdir()
+    for kind, start, more in (("LPIPS", "lin", {}), ("VGG", "features.", {"classifier.0.weight": x})):
+        path = Path("data", getattr(s, f"{kind}_URL").split("/")[-1])
+        torch.save({key: state[key] for key in state if key.startswith(start)} | more, path)
+        monkeypatch.setattr(s, f"{kind}_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
+    assert torch.equal(s.load_lpips(CPU)(x, y), lpips(x, y))
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(UserError, match="sha256 of data/vgg16.* is .*--distance l2 or huber"):
+        s.load_lpips(CPU)
 
 
-def test_lpips_reads_the_published_files_and_refuses_others(stage, tmp_path):
-    s, lpips = stage("04"), random_lpips(stage)
-    state = lpips.state_dict()
-    vgg = {k: v for k, v in state.items() if k.startswith("features.")}
-    torch.save({**vgg, "classifier.0.weight": torch.zeros(3)}, tmp_path / "vgg.pth")
-    torch.save({k: v for k, v in state.items() if k.startswith("lin")}, tmp_path / "lin.pth")
-    paths = dict(vgg_weights=str(tmp_path / "vgg.pth"), lpips_weights=str(tmp_path / "lin.pth"))
-    with pytest.raises(UserError, match="not the published file.*--distance l2 or huber goes without"):
-        s.load_lpips(s.Config(**paths), "cpu")
-    again = s.load_lpips(s.Config(**paths, any_weights=True), "cpu")
-    x, y = torch.rand(2, 1, 3, 32, 32)
-    assert torch.equal(again(x, y), lpips(x, y))
-    torch.save({k: v for k, v in vgg.items() if k != "features.28.bias"}, tmp_path / "vgg.pth")
-    with pytest.raises(UserError, match="1 entries missing, first features.28.bias"):
-        s.load_lpips(s.Config(**paths, any_weights=True), "cpu")
-
-
-@pytest.mark.skipif(not FIXTURES.exists(), reason="reference numbers are not at hand")
-def test_lpips_equals_the_reference(stage):
-    data, lpips = np.load(FIXTURES / "lpips_ref.npz"), stage("04").LPIPS()
-    keys = data["keys"].tolist()
-    lin = {k.removeprefix("lin::"): torch.from_numpy(data[k]) for k in data.files if k.startswith("lin::")}
-    lpips.load_state_dict({**filled(keys, [tuple(lpips.state_dict()[key].shape) for key in keys]), **lin})
+@pytest.mark.skipif(not LPIPS_REFERENCE.exists(), reason="the published weights of LPIPS are not at hand")
+def test_lpips_equals_the_reference(lpips, stage):
+    data, net, state = np.load(LPIPS_REFERENCE), stage("04").LPIPS(), lpips.state_dict()
+    net.load_state_dict({key: torch.from_numpy(data[f"lin::{key}"]) if key[:3] == "lin" else state[key] for key in state})
     x, y = torch.from_numpy(data["x"]).requires_grad_(), torch.from_numpy(data["y"])
-    distance = lpips(x, y)
-    np.testing.assert_allclose(distance.detach(), data["dist"], atol=1e-6)
-    np.testing.assert_allclose(lpips.per_layer(x, y).detach().T, data["per_layer"], atol=1e-6)
-    np.testing.assert_allclose(lpips(x[:, :, ::2, ::2], y[:, :, ::2, ::2]).detach(), data["dist_up32"], atol=1e-6)
+    distance = net(x, y)
     distance.sum().backward()
-    np.testing.assert_allclose(x.grad, data["grad_x"], atol=1e-6)
+    small = net(x[:, :, ::2, ::2], y[:, :, ::2, ::2])
+    for ours, name in ((distance, "dist"), (net.per_layer(x, y).T, "per_layer"), (small, "dist_up32"), (x.grad, "grad_x")):
+        np.testing.assert_allclose(ours.detach(), data[name], atol=1e-6)

@@ -1,91 +1,189 @@
-"""The U-Net: parameter counts to the digit, shapes, labels, sizes; and reference outputs where they are at hand."""
+"""The U-Net: parameter counts to the digit, labels, precision, and the official network's outputs."""
+import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
-from common import UNet, UserError, count_parameters
+from common import PRESETS, UNet, UserError
 from conftest import load_script
 
-FIXTURES = Path(__file__).resolve().parents[2] / "shared" / "fixtures"
-PAPER = [(dict(base=64, mult=(1, 1, 2), blocks=1), 3_437_123), (dict(base=64), 6_989_891), (dict(base=96), 15_707_235),
-         (dict(base=128), 27_906_179), (dict(base=128, mult=(1, 2, 2, 2), blocks=4), 61_804_419)]
+FIXTURES = Path(__file__).resolve().parents[2] / "shared" / "fixtures"  # official outputs, not in every clone
+PAPER = [(dict(base=64, mult=(1, 1, 2), blocks=1), 3_437_123), (dict(base=64), 6_989_891),
+         (dict(base=96), 15_707_235), (dict(base=128), 27_906_179),
+         (dict(base=128, mult=(1, 2, 2, 2), blocks=4), 61_804_419),
+         (dict(image_size=64, base=64, mult=(1, 1, 2), blocks=1), 3_536_195)]
 
 
-@pytest.mark.parametrize("arguments, parameters", PAPER)
-def test_parameter_counts_are_the_papers(arguments, parameters):
+def parameters(image_size=32, **arguments):
     with torch.device("meta"):
-        assert count_parameters(UNet(32, **arguments)) == parameters
+        return sum(p.numel() for p in UNet(image_size, **arguments).parameters())
 
 
-def test_parameter_count_at_64():
-    with torch.device("meta"):
-        assert count_parameters(UNet(64, base=64, mult=(1, 1, 2), blocks=1)) == 3_536_195
+def filled(std, image_size, **arguments):
+    """A network with random weights, zero nowhere. (NumPy promises that RandomState never changes.)"""
+    net, rng = UNet(image_size, **arguments), np.random.RandomState(0)
+    for name, p in sorted(net.named_parameters()):
+        noise = torch.from_numpy(rng.standard_normal(tuple(p.shape)))
+        p.data.copy_(std * noise + (1 if "norm" in name and name.endswith("weight") else 0))
+    return net
 
 
-def test_macs_are_the_papers(stage):
-    net = UNet(32, base=96)
-    assert round(stage("05").count_macs(net) / 1e9, 3) == 3.699
-    assert round(stage("05").count_macs(UNet(32, base=64, mult=(1, 1, 2), blocks=1)) / 1e9, 4) == 0.7052
+def in_double(net):
+    """The network in float64, but for the sines and cosines: angles up to 999 are rounded as always."""
+    frequencies = net.frequencies
+    net.double().frequencies = frequencies
+    net.time0.register_forward_pre_hook(lambda layer, given: given[0].double())
+    return net.eval()
 
 
-def test_every_presets_networks_can_be_built(stage):
-    sizes = {"shapes": (0.8635, 0.3177), "cifar10_quick": (27.9, 7.0), "cifar10": (61.8, 15.7), "ffhq64": (61.8, 15.7),
-             "imagenet64": (114.0, 80.6)}
-    for preset, expected in sizes.items():
-        teacher = stage("01").Config(preset=preset, **stage("01").PRESETS[preset])
-        student = stage("03").Config(preset=preset, **stage("03").PRESETS[preset])
-        classes = 1000 if preset == "imagenet64" else 0
-        with torch.device("meta"):
-            counts = [count_parameters(UNet(teacher.image_size, 3, c.base, c.mult, c.blocks, c.attn, classes)) / 1e6
-                      for c in (teacher, student)]
-        assert counts == pytest.approx(expected, rel=0.01), preset
-        stage("02").Config(preset=preset, **stage("02").PRESETS[preset])
-        stage("04").Config(preset=preset, **stage("04").PRESETS[preset])
-        stage("05").Config(preset=preset, **stage("05").PRESETS[preset])
+def test_parameters_and_macs_are_the_papers(stage):
+    assert [parameters(**arguments) for arguments, _ in PAPER] == [count for _, count in PAPER]
+    for arguments, macs in ((dict(base=96), 3.699), (PAPER[0][0], 0.705)):
+        assert round(stage("05").count_macs(UNet(32, **arguments)) / 1e9, 3) == macs
+    sizes = {"shapes": (0.8635, 0.3177), "cifar10_quick": (27.9, 7.0), "cifar10": (61.8, 15.7),
+             "ffhq64": (61.8, 15.7), "imagenet64": (114.0, 80.6)}
+    for column, preset in enumerate(PRESETS, 1):
+        first, small = ({row[0]: row[column] for row in stage(number).SETTINGS} for number in ("01", "03"))
+        size, classes = first["image_size"], 1000 if first["conditional"] else 0
+        for table, millions in zip((first, small), sizes[preset]):
+            arguments = {key: table[key] for key in ("base", "mult", "blocks", "attn")}
+            count = parameters(size, classes=classes, **arguments)
+            assert count == pytest.approx(1e6 * millions, rel=0.005), preset
 
 
-def test_one_training_step_of_the_papers_student():
-    net = UNet(32, base=96, dropout=0.15)
-    loss = net(torch.randn(16, 3, 32, 32), torch.rand(16)).square().mean()
-    loss.backward()
-    assert loss.isfinite() and all(p.grad is not None for p in net.parameters())
+def test_at_first_the_network_answers_nearly_zero_and_dropout_acts_in_training_only():
+    arguments = dict(base=16, dropout=0.15, attn=(8,), classes=3)
+    given = torch.randn(2, 3, 16, 16), torch.rand(2), torch.tensor([0, 2])
+    assert 0 < UNet(16, **arguments)(*given).abs().max() < 1e-3
+    net = filled(0.1, 16, **arguments)
+    out = net(*given)
+    assert not torch.equal(out, net(*given)) and torch.equal(net.eval()(*given), net(*given))
+    out.sum().backward()
+    assert all(p.grad.isfinite().all() and p.grad.abs().sum() > 0 for p in net.parameters())
 
 
-def test_labels_and_times_change_the_output():
-    net = UNet(8, base=8, mult=(1, 2), blocks=1, attn=(4,), classes=5)
-    for p in net.parameters():
-        torch.nn.init.normal_(p, std=0.3)
-    x, t = torch.randn(2, 3, 8, 8), torch.tensor([0.2, 0.2])
-    a, b = net(x, t, torch.tensor([0, 1])), net(x, t, torch.tensor([0, 2]))
-    assert a.shape == x.shape and torch.equal(a[0], b[0]) and not torch.allclose(a[1], b[1])
-    assert not torch.allclose(a, net(x, t + 0.3, torch.tensor([0, 1])))
-    with pytest.raises(UserError, match="5 classes"):
-        net(x, t)
-    with pytest.raises(UserError, match="0 classes"):
-        UNet(8, base=8, mult=(1,), blocks=1)(x, t, torch.tensor([0, 1]))
+def test_bf16_computes_in_bf16_but_for_the_last_layer():
+    net, given = filled(0.1, 8, base=8, mult=(1,), blocks=1), (torch.randn(2, 3, 8, 8), torch.rand(2))
+    dtypes, exact, net.precision = [], net(*given), "bf16"
+    for layer in (net.encoder[0].conv0, net.conv_out):
+        layer.register_forward_hook(lambda layer, given, out: dtypes.append(out.dtype))
+    assert 0 < (net(*given) - exact).abs().max() < 0.1 * exact.std()
+    assert dtypes == [torch.bfloat16, torch.float32]
 
 
-@pytest.mark.parametrize("arguments, message", [(dict(image_size=18, mult=(1, 2, 2)), "multiple of 4"), (dict(mult=()), "mult"),
-                                                (dict(blocks=0), "blocks"), (dict(base=50), "base"),
-                                                (dict(base=24, mult=(1, 2, 4)), "multiple of 32")])
-def test_networks_that_cannot_be_built_say_why(arguments, message):
-    with pytest.raises(UserError, match=message):
-        UNet(**{"image_size": 16, **arguments})
+# ------------------------------------------------------------------------ the official network, a second time
+
+def sinusoid(label, base):
+    """(B, base): sines, then cosines, of the label, which is 999 t."""
+    angles = label[:, None] * torch.exp(torch.arange(base // 2) * (-math.log(10_000) / (base // 2 - 1)))
+    return torch.cat([torch.sin(angles), torch.cos(angles)], 1)
 
 
-# In float32 the gradient, which reaches 81 here, has rounding errors of its own; so it is compared in float64.
-@pytest.mark.skipif(not FIXTURES.exists(), reason="reference numbers are not at hand")
-@pytest.mark.parametrize("name, reader, time", [("ncsnpp_tiny", "from_ncsnpp", "t"), ("edm_songunet_tiny", "from_songunet", "noise_labels")])
+def conv(h, m, name=""):
+    return F.conv2d(h, m[f"{name}weight"], m[f"{name}bias"], padding=m[f"{name}weight"].shape[-1] // 2)
+
+
+def norm(h, m, name=""):
+    return F.group_norm(h, min(h.shape[1] // 4, 32), m[f"{name}weight"], m[f"{name}bias"], eps=1e-6)
+
+
+def block(x, temb, m, resample=None):
+    h = F.silu(norm(x, m, "GroupNorm_0."))
+    if resample:
+        h, x = resample(h), resample(x)
+    temb = F.linear(F.silu(temb), m["Dense_0.weight"], m["Dense_0.bias"])
+    h = conv(h, m, "Conv_0.") + temb[:, :, None, None]
+    h = conv(F.silu(norm(h, m, "GroupNorm_1.")), m, "Conv_1.")
+    return ((conv(x, m, "Conv_2.") if "Conv_2.weight" in m else x) + h) / math.sqrt(2)
+
+
+def attention(x, m):
+    h = norm(x, m, "GroupNorm_0.").flatten(2).transpose(1, 2)  # (B, positions, C)
+    q, k, v = (h @ m[f"NIN_{i}.W"] + m[f"NIN_{i}.b"] for i in range(3))
+    h = (q @ k.transpose(1, 2) * x.shape[1] ** -0.5).softmax(2) @ v @ m["NIN_3.W"] + m["NIN_3.b"]
+    return (x + h.transpose(1, 2).reshape(x.shape)) / math.sqrt(2)
+
+
+def ncsnpp(w, x, label, mult, blocks, attn):
+    """The official NCSN++ in float64, module after module. w: {official name, all_modules.<i>...: tensor}."""
+    modules = {}
+    for key in [key for key in w if key != "sigmas"]:
+        _, i, part = key.split(".", 2)
+        modules.setdefault(int(i), {})[part] = w[key].double()
+    modules = iter([modules[i] for i in range(len(modules))])
+    temb = sinusoid(label, len(w["all_modules.2.bias"])).double()
+    temb = F.linear(temb, *next(modules).values())
+    temb = F.linear(F.silu(temb), *next(modules).values())
+    h = conv(x, next(modules))
+    skips = [h]
+    for level in range(len(mult)):
+        for _ in range(blocks):
+            h = block(h, temb, next(modules))
+            h = attention(h, next(modules)) if h.shape[-1] in attn else h
+            skips.append(h)
+        if level < len(mult) - 1:
+            h = block(h, temb, next(modules), lambda h: F.avg_pool2d(h, 2))
+            skips.append(h)
+    h = attention(block(h, temb, next(modules)), next(modules))
+    h = block(h, temb, next(modules))
+    for level in reversed(range(len(mult))):
+        for _ in range(blocks + 1):
+            h = block(torch.cat([h, skips.pop()], 1), temb, next(modules))
+        h = attention(h, next(modules)) if h.shape[-1] in attn else h
+        h = block(h, temb, next(modules), lambda h: F.interpolate(h, scale_factor=2)) if level else h
+    h = conv(F.silu(norm(h, next(modules))), next(modules))
+    assert not skips and not list(modules)
+    return h
+
+
+@pytest.mark.parametrize("mult, blocks, attn, base", [((1, 2), 1, (8,), 8), ((1, 2, 2), 2, (16,), 16),
+                                                      ((2, 1, 3), 1, (16, 4), 12)])
+def test_output_equals_a_second_derivation_of_the_official_network(mult, blocks, attn, base):
+    net = in_double(filled(0.15, 16, base=base, mult=mult, blocks=blocks, attn=attn))
+    x, t = torch.randn(3, 3, 16, 16, dtype=torch.float64), torch.tensor([0.001, 0.37, 1.0])
+    weights = load_script("import").export(net, load_script("import").ncsnpp_layout(net))
+    expected = ncsnpp(weights, x, 999 * t, mult, blocks, attn)
+    assert expected.std() > 0.1
+    torch.testing.assert_close(net(x, t), expected, atol=1e-9, rtol=0)
+
+
+def test_known_numbers_of_the_embedding_and_the_whole_network_and_labels_as_in_songunet():
+    # Official output for t = 0.7351 and 32 channels: sines 0, 1, 5, 15, then cosines 0, 1, 5, 15.
+    emb = sinusoid(torch.tensor([0.7351]) * 999, 32)[0, [0, 1, 5, 15, 16, 17, 21, 31]]
+    official = [-0.694563, 0.999990, 0.454061, 0.073370, 0.719432, -0.004423, -0.890970, 0.997305]
+    np.testing.assert_allclose(emb, official, atol=1e-4)
+    # Our own output, as it was when it equalled the official one.
+    net = in_double(filled(0.15, 16, base=16, mult=(1, 2), blocks=1, attn=(8,)))
+    x = torch.from_numpy(np.random.RandomState(1).standard_normal((1, 3, 16, 16)))
+    out = net(x, torch.tensor([0.37]))[0, :, 4, 4:6].flatten()
+    np.testing.assert_allclose(out.detach(), [-0.9144, 1.0147, 2.6104, 0.8383, -3.4398, -0.9030], atol=3e-4)
+
+    net, t = filled(0.3, 8, base=8, mult=(1,), blocks=1, classes=5), torch.rand(2)
+    labels = torch.tensor([4, 1])
+    emb = sinusoid(999 * t, 8) + net.label.weight.T[labels] * math.sqrt(5) + net.label.bias
+    torch.testing.assert_close(net.embed(t, labels), net.time1(F.silu(net.time0(emb))))
+    with pytest.raises(AssertionError, match="labels are for networks with classes"):
+        net(torch.randn(2, 3, 8, 8), t)
+    with pytest.raises(UserError, match="144 channels.*multiple of 32"):
+        UNet(16, base=24, mult=(1, 2, 6))
+
+
+@pytest.mark.skipif(not FIXTURES.exists(), reason="the official outputs are not at hand")
+@pytest.mark.parametrize("name, reader, time", [("ncsnpp_tiny", "from_ncsnpp", "t999"),
+                                                ("edm_songunet_tiny", "from_songunet", "noise_labels")])
 def test_output_and_gradient_equal_the_official_network(name, reader, time):
     data = np.load(FIXTURES / f"{name}.npz")
-    parameters = {k.removeprefix("param::"): torch.from_numpy(data[k]) for k in data.files if k.startswith("param::")}
-    net = getattr(load_script("import"), reader)(parameters)
-    assert net.args["mult"] == (1, 2, 2) and net.args["blocks"] == 2 and net.args["attn"] == (16,) and net.args["image_size"] == 32
-    t = torch.from_numpy(data[time]).float() / (1 if time == "t" else 999)
-    assert np.abs(net(torch.from_numpy(data["x"]), t).detach().numpy() - data["out"]).max() < 2e-4
-    x = torch.from_numpy(data["x"]).double().requires_grad_()
-    out = net.double()(x, t)
-    (out * torch.from_numpy(data["v"])).sum().backward()
-    assert np.abs(x.grad.numpy() - data["grad_x"]).max() < 2e-4
+    data = {key: torch.from_numpy(data[key]) for key in data if key != "meta"}
+    w = {key.removeprefix("param::"): data[key] for key in data if key.startswith("param::")}
+    net, x, label = getattr(load_script("import"), reader)(w), data["x"], data[time]
+    torch.testing.assert_close(net(x, label / 999), data["out"], atol=2e-4, rtol=0)
+    x = x.double().requires_grad_()
+    answers = [in_double(net)(x, label / 999)]
+    answers += [ncsnpp(w, x, label, (1, 2, 2), 2, (16,))] if name == "ncsnpp_tiny" else []
+    for answer in answers:
+        torch.testing.assert_close(answer, data["out"].double(), atol=1e-6, rtol=0)
+        gradient, = torch.autograd.grad(answer, x, data["v"].double())
+        torch.testing.assert_close(gradient, data["grad_x"].double(), atol=1e-4, rtol=0)  # it reaches 81
