@@ -38,7 +38,7 @@ SETTINGS = [
     ("flip",        True,      True,          True,         True,         False,      "mirror half of them"),
     # The network. (The paper's teachers are published networks; ImageNet's has 296M parameters, this 114M.)
     ("base",        32,        128,           128,          128,          192,        "channels of level 1"),
-    ("mult",        (1, 1, 2), (1, 2, 2),     (1, 2, 2, 2), (1, 2, 2, 2), (1, 2, 2),  "levels, times base"),
+    ("mult",        (1, 1, 2), (1, 2, 2),     (1, 2, 2, 2), (1, 2, 2, 2), (1, 2, 2, 2), "of base"),
     ("blocks",      1,         2,             4,            4,            3,          "blocks per level"),
     ("attn",        (8,),      (16,),         (16,),        (16,),        (16,),      "sizes with attention"),
     ("dropout",     0.0,       0.1,           0.15,         0.15,         0.1,        "probability"),

@@ -39,7 +39,7 @@ from common import (COLOURS, EVALUATION, RANK, SHAPES, WORLD, Attention, UserErr
 
 SETTINGS = [
     # name            shapes       cifar10_quick  cifar10     ffhq64      imagenet64
-    ("only",          "all",       "all",         "all",      "all",      "all",      "or teacher ..., see 1."),
+    ("only",          "all",       "all",         "all",      "all",      "all",      "or teacher, ..."),
     ("images",        "",          "",            "",         "",         "",         "a folder or zip"),
     ("reference",     "",          "",            "",         "",         "",         "images, or .npz"),
     ("n_samples",     1024,        10_000,        50_000,     50_000,     50_000,     "images per network"),
@@ -140,8 +140,7 @@ def write_png(cfg, key, net, steps):
     for i, image in zip(range(cfg.png)[share(cfg.png)], images):
         with writing(folder / f"{i:06d}.png") as file:
             Image.fromarray(image.permute(1, 2, 0).numpy()).save(file, "PNG")
-    if RANK == 0:
-        save_grid(f"{folder}.png", from_uint8(images[:64]).split(8))
+    save_grid(f"{folder}.png", from_uint8(images[:64]).split(8))
     say(f"wrote {cfg.png} images into {folder}, and {folder}.png")
 
 
@@ -201,7 +200,7 @@ def main(cfg):
         given = draw_shapes(cfg.n_samples, size, seed=1)[0]
     real = None
     if not source.endswith(".npz"):
-        real = load_images(source, given.shape[-1] if source == "shapes" else size)[0]
+        real = load_images(source, given.shape[-1] if cfg.images and source == "shapes" else size)[0]
         require(given is None or given.shape[1:] == real.shape[1:],
                 f"{cfg.images} holds images of another size than {source}: bring them to one size first")
 
@@ -427,8 +426,8 @@ def load_inception(device):
 class ShapeNet(nn.Module):
     """The judge of FD-shapes: a small classifier of drawings, which extras/train_judge.py has trained.
 
-    Maps images (B, 3, H, W) in [-1, 1] to features (B, 112), the mean of each channel of three layers, so that
-    edges count as well as shapes. head(features) (B, 9): the scores of 3 shapes and 6 colours.
+    Maps images (B, 3, H, W) in [-1, 1] to features (B, 112), the mean of each channel of three layers, so
+    that edges count as well as shapes. head(features) (B, 9): the scores of 3 shapes and 6 colours.
     """
 
     def __init__(self):

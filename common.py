@@ -35,7 +35,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 
 PRESETS = ("shapes", "cifar10_quick", "cifar10", "ffhq64", "imagenet64")  # the columns of the settings
 PRESET = "shapes"  # the column in use; --preset NAME chooses another for one run
@@ -140,8 +140,7 @@ def start(cfg, name):
     return device
 
 
-def say(text):
-    """Prints a line, in process 0."""
+def say(text):  # in process 0
     if RANK == 0:
         print(text, flush=True)
 
@@ -153,7 +152,7 @@ def wait_for_all():
 
 
 # ----------------------------------------------------------------------------------------- files and pictures
-# An artifact (.pt) is a dict. Its `id` is a fingerprint of its content; `made_from` is {file name: id} of all that
+# An artifact (.pt) is a dict. `id` is a fingerprint of its content, and `made_from` {file name: id} of all that
 # it was made from, so that nothing is mixed unnoticed.
 
 def fingerprint(*tensors):
@@ -246,14 +245,15 @@ def download(url, sha256, instead):
 
 
 def save_grid(path, rows, titles=None):
-    """Writes a PNG: a row of images (enlarged) for each float tensor (N, 3, H, W), and above it its title."""
+    """Process 0 writes a PNG: a row of images for each float tensor (N, 3, H, W), and above it its title."""
+    if RANK > 0:
+        return
     size = rows[0].shape[-1]
     cell, bar = size * max(1, 64 // size) + 2, 18 if titles else 0
     canvas = Image.new("RGB", (len(rows[0]) * cell + 2, len(rows) * (cell + bar) + 2), "white")
     for r, row in enumerate(rows):
         if titles:
-            draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(12)
-            draw.text((4, r * (cell + bar) + 2), titles[r], "black", font)
+            ImageDraw.Draw(canvas).text((4, r * (cell + bar) + 2), titles[r], "black", font_size=12)
         for i, image in enumerate(to_uint8(row.cpu())):
             tile = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((cell - 2, cell - 2), Image.NEAREST)
             canvas.paste(tile, (i * cell + 2, r * (cell + bar) + bar + 2))
@@ -329,9 +329,7 @@ def load_images(source, image_size):
     if source == "shapes":
         images, attributes = draw_shapes(16_384, image_size or 16)
         return images, (attributes[:, 0] * len(COLOURS) + attributes[:, 1]).long()
-    path = Path(source)
-    if source == "cifar10":
-        path = download(CIFAR10_URL, CIFAR10_SHA256, "give another --data")
+    path = download(CIFAR10_URL, CIFAR10_SHA256, "give a path") if source == "cifar10" else Path(source)
     require(path.exists(), f"{path} does not exist: --data is shapes, cifar10, or a folder or zip of images")
     return read_cifar10(path, image_size) if path.name.endswith(".tar.gz") else read_files(path, image_size)
 
@@ -352,20 +350,23 @@ def read_cifar10(path, image_size):
 def read_files(path, image_size):
     """load_images for a folder or zip: decoded once into data/cache/<key>.npy, then memory-mapped."""
     # 1. The files: {name: (bytes, date or checksum)}.
-    require(path.is_dir() or zipfile.is_zipfile(path), f"{path} is neither a folder nor a readable zip")
-    if path.is_dir():
+    try:
+        archive = None if path.is_dir() else zipfile.ZipFile(path)
+    except (zipfile.BadZipFile, OSError) as error:
+        raise UserError(f"{path} is neither a folder nor a zip that can be read: {error}") from error
+    if archive:
+        files = {info.filename: (info.file_size, info.CRC) for info in archive.infolist()}
+    else:
         stats = {file.relative_to(path).as_posix(): file.stat() for file in path.rglob("*") if file.is_file()}
         files = {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
-    else:
-        archive = zipfile.ZipFile(path)
-        files = {info.filename: (info.file_size, info.CRC) for info in archive.infolist()}
-    ignored = re.compile(r"(^|/)(\.[^/]*|__MACOSX/.*|Thumbs\.db|dataset\.json)$|/$")
-    names = [name for name in sorted(files) if not ignored.search(name)]
+    ignored = r"(^|/)(\.[^/]*|__MACOSX/.*|Thumbs\.db|dataset\.json)$|/$"
+    names = [name for name in sorted(files) if not re.search(ignored, name)]
     require(names, f"{path} holds no PNG, JPEG or WebP images")
 
     def content(name):
         require(files[name][0] <= LARGEST_FILE, f"it has more than {LARGEST_FILE:,} bytes")
-        return (path / name).read_bytes() if path.is_dir() else archive.read(name)
+        # read() without a number would unpack whatever there is, though the zip may say that it is small.
+        return archive.open(name).read(files[name][0] + 1) if archive else (path / name).read_bytes()
 
     # 2. Labels.
     labels, folders = None, sorted({name.rpartition("/")[0] for name in names})
@@ -375,9 +376,9 @@ def read_files(path, image_size):
             labels = [given.pop(name) for name in names] if given else None
             require(not given, f"{list(given)[:1]} is not there")
             require(all(type(label) is int and label >= 0 for label in labels or []), "labels are 0, 1, ...")
-        except (KeyError, TypeError, ValueError) as error:  # a KeyError names the image without a label
-            raise UserError(f'{path}: dataset.json must be {{"labels": null}} or {{"labels": [["a/0.png", 3], ...]}}'
-                            f" with all images, and has this wrong: {error}") from error
+        except (KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:  # a KeyError names the image without a label
+            raise UserError(f'{path}: dataset.json must be {{"labels": [["a/0.png", 3], ...]}} with all images '
+                            f'or {{"labels": null}}; wrong is {error}') from error
     elif len(folders) > 1:
         labels = [folders.index(name.rpartition("/")[0]) for name in names]
 
@@ -424,8 +425,8 @@ def read_files(path, image_size):
 #              doubling; 2 blocks         32 -> 16   16x16   take 16, 16
 #     conv_out                            16 -> 3    16x16
 
-# Official code: the scale of every branch's last layer. At first each block just passes on its input, and the
-# network answers 0; training adds to that little by little, which is how deep networks learn best.
+# Official code: the scale of every branch's last layer. So each block begins by passing on its input, and the
+# network by answering 0; training adds to that little by little, which deep networks learn best.
 NEARLY_ZERO = 1e-10
 
 
@@ -438,7 +439,7 @@ def init_(layer, scale=1.0):
 
 def group_norm(channels):
     groups = min(channels // 4, 32)
-    require(groups and channels % groups == 0, f"{channels} channels make no {groups} groups: set base to 32, 64 ...")
+    require(groups and channels % groups == 0, f"{channels} channels cannot be normalised: set base to 32 n")
     return nn.GroupNorm(groups, channels, eps=1e-6)
 
 
@@ -604,8 +605,8 @@ def learning_rate(step, cfg):
 def ema_update(ema, net, decay, n):
     """theta' <- d theta' + (1 - d) theta,  d = min(decay, (1 + n) / (10 + n)),  n = updates with this one.
 
-    The weights theta jitter from batch to batch; their moving average theta' does not, and makes better images.
-    d is small at first, because the first weights are not worth remembering.
+    The weights theta jitter from batch to batch. Their moving average theta' does not, and makes better
+    images. d is small at first, because the first weights are not worth remembering.
     """
     d = min(decay, (1 + n) / (10 + n))
     torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - d)
@@ -621,14 +622,13 @@ class Trainer:
     """
 
     def __init__(self, cfg, name, net, made_from):
-        require(cfg.steps and cfg.batch and cfg.batch % WORLD == 0, f"--steps {cfg.steps}, --batch {cfg.batch}: "
-                f"at least 1 each, and the batch a multiple of the {WORLD} processes")
+        require(cfg.steps and cfg.batch and cfg.batch % WORLD == 0, f"--steps {cfg.steps}, --batch {cfg.batch} "
+                f"must be at least 1, and the batch a multiple of the {WORLD} processes")
         self.cfg, self.name, self.path = cfg, name, cfg.folder / f"{name[:2]}_state.pt"
         self.batch = cfg.batch // WORLD  # of this process
         self.trained = net.train()  # with dropout
         self.ema = copy.deepcopy(net).eval().requires_grad_(False)  # without
-        # paper: Adam with these betas and eps
-        self.optimizer = torch.optim.Adam(net.parameters(), cfg.lr, betas=(0.9, 0.999), eps=1e-8, fused=True)
+        self.optimizer = torch.optim.Adam(net.parameters(), betas=(0.9, 0.999), eps=1e-8, fused=True)  # paper
         self.done, self.recent, self.note = 0, [], ""  # steps done; of the last ones (loss, gradient norm)
         # To continue, these must be the same. Data is known by its fingerprint, not by its path.
         self.run = {**settings_of(cfg), "data": "", "made from": made_from}
@@ -642,8 +642,7 @@ class Trainer:
             self.optimizer.load_state_dict(state["optimizer"])
             self.done = state["done"]
             say(f"{name} | continues after step {self.done} of {cfg.steps}, from {self.path}")
-        # Averages the gradients of all processes.
-        self.net = nn.parallel.DistributedDataParallel(net) if WORLD > 1 else net
+        self.net = nn.parallel.DistributedDataParallel(net) if WORLD > 1 else net  # averages their gradients
 
     def steps(self):
         """Yields the number of each step. In between it logs, saves, and ends the run when asked to."""
@@ -669,7 +668,7 @@ class Trainer:
                     save(self.path, run=self.run, done=self.done, weights=self.trained.state_dict(),
                          ema=self.ema.state_dict(), optimizer=self.optimizer.state_dict())
             if end and self.done < cfg.steps:
-                raise KeyboardInterrupt(f"stopped after step {self.done} of {cfg.steps}: {self.path} has it, and "
+                raise KeyboardInterrupt(f"stopped after step {self.done} of {cfg.steps}: {self.path} keeps it, "
                                         "the same command (without --restart) continues")
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.default_int_handler)
@@ -688,11 +687,10 @@ class Trainer:
 
     def mean_loss(self):
         """The mean loss since the last call. Raises UserError if a loss or gradient was not finite."""
-        losses, norms = torch.stack(self.recent).unbind(1)
-        for what, values in (("loss", losses), ("gradient", norms)):
-            for step in (~values.isfinite()).nonzero().flatten().tolist():
-                step += self.done - len(values)
-                raise UserError(f"{what} not finite at step {step}. The last state is kept. Look at the data, or "
-                                "start over with --restart and a lower --lr")
+        recent = torch.stack(self.recent).tolist()
+        for step, (loss, norm) in enumerate(recent, self.done - len(recent)):
+            what = "gradient" if math.isfinite(loss) else "loss"
+            require(math.isfinite(loss) and math.isfinite(norm), f"{what} not finite at step {step}. The last state "
+                    "is kept. Look at the data, or start over with --restart and a lower --lr")
         self.recent = []
-        return losses.mean().item()
+        return sum(loss for loss, _ in recent) / len(recent)

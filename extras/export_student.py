@@ -1,10 +1,8 @@
-"""Write the student as one file that makes images without this project.
-
-The file holds the network and Euler's method (one step), in float32, for a CPU and any number of images:
+"""Write the student as one file that makes images without this project: its network, in float32 for a CPU.
 
     import torch
     generate = torch.export.load("out/shapes/05_student.pt2").module()
-    x = generate(torch.randn(16, 3, 16, 16))  # images in about [-1, 1], as large as the noise
+    x = generate(torch.randn(16, 3, 16, 16))  # any number of images in about [-1, 1], as large as the noise
     # A student that knows classes: generate(z, labels), with labels int64 (16,).
 
 Reads   out/<preset>/04_student.pt
@@ -14,7 +12,6 @@ import sys
 from pathlib import Path
 
 import torch
-import torch.nn as nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import euler, labels_for, load_network, require, run, say, start, writing
@@ -22,12 +19,12 @@ from common import euler, labels_for, load_network, require, run, say, start, wr
 SETTINGS = [("steps", 1, 1, 1, 1, 1, "Euler steps: network calls for an image")]
 
 
-class Generator(nn.Module):
+class Generator(torch.nn.Module):
     """Noise z (B, 3, H, W), and labels int64 (B,) where there are classes -> images."""
 
     def __init__(self, net, steps):
         super().__init__()
-        self.net, self.steps = net, steps
+        self.net, self.steps = net.to(memory_format=torch.contiguous_format), steps
 
     def forward(self, z, labels=None):
         return euler(self.net, z, self.steps, labels)
@@ -38,9 +35,8 @@ def main(cfg):
     require(cfg.steps, "--steps must be at least 1")
     cfg.precision, path = "fp32", cfg.folder / "05_student.pt2"
     net, _ = load_network(cfg, "04_student.pt", torch.device("cpu"))
-    net, args = net.to(memory_format=torch.contiguous_format), net.args
-    z = torch.zeros(2, args["channels"], args["image_size"], args["image_size"])
-    inputs = (z, labels_for(0, 2, args["classes"])) if args["classes"] else (z,)
+    z = torch.zeros(2, net.args["channels"], net.args["image_size"], net.args["image_size"])
+    inputs = (z, labels_for(0, 2, net.args["classes"])) if net.args["classes"] else (z,)
     any_length = tuple({0: torch.export.Dim("batch")} for _ in inputs)  # the 2 is an example only
     with torch.no_grad():
         program = torch.export.export(Generator(net, cfg.steps).eval(), inputs, dynamic_shapes=any_length)

@@ -1,19 +1,19 @@
 """Turn a published checkpoint into an artifact that the stages read.
 
-The U-Net of common.py is the network of two published codes under other names: NCSN++ in the authors' checkpoints,
-{"model": state dict, "ema": {"shadow_params": [...]}, ...}; and EDM's SongUNet in its DDPM++ settings, a state dict.
-Only files that hold nothing but tensors are read. EDM's own are pickles that carry code; where its code is
-installed (a clone of github.com/NVlabs/edm), these lines save what is needed from one of them:
+The U-Net of common.py is the network of two published codes under other names: NCSN++ in the authors' files,
+{"model": state dict, "ema": {"shadow_params": [...]}, ...}, and EDM's SongUNet in its DDPM++ settings. Files
+may hold only tensors. EDM's own carry code; where that is installed (a clone of github.com/NVlabs/edm), these
+lines save the state dict of one:
 
     import pickle, torch
     edm = pickle.load(open("edm-cifar10-32x32-uncond-vp.pkl", "rb"))
     torch.save(edm["ema"].model.state_dict(), "edm.pt")
 
-A velocity network becomes the artifact --to. An EDM network (the paper's best teacher) predicts something else,
-and has an equation and a sampler of its own: it makes its pairs here, in place of stage 02.
+A velocity network becomes the artifact --to. An EDM network (the paper's best teacher) predicts something
+else, has an equation and a sampler of its own, and makes its pairs here, in place of stage 02.
 
 Reads   --checkpoint PATH
-Writes  out/<preset>/<--to>.pt; for an EDM network 02_pairs.pt, 02_pairs.png (05 then needs --only, --reference)
+Writes  out/<preset>/<--to>.pt; for an EDM network 02_pairs.pt, 02_pairs.png (05 then needs --reference)
 """
 import hashlib
 import importlib
@@ -24,16 +24,13 @@ import sys
 from pathlib import Path
 
 import torch
-import torch.nn as nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import PAIRS, UNet, UserError, load, on_device, require, run, save_grid, save_network, say, start
 
-SETTINGS = [
-    # name, its value for shapes, cifar10_quick, cifar10, ffhq64 and imagenet64, text
+SETTINGS = [  # name, its value for each preset, text
     ("checkpoint", *[""] * 5, "the published file"),
     ("to", *["01_teacher"] * 5, "what it becomes: 01_teacher, 03_reflow or 04_student"),
-    ("weights", *["ema"] * 5, "of the authors' checkpoints: ema or model"),
     ("predicts", *["auto"] * 5, "velocity, edm, or auto: edm for a SongUNet"),
     ("image_size", 0, 0, 0, 0, 0, "pixels, for an NCSN++; 0: the size whose attention is at 16x16"),
     ("dropout", 0.0, 0.0, 0.0, 0.0, 0.0, "for training it further"),
@@ -43,8 +40,6 @@ SETTINGS = [
     ("precision", *["fp32"] * 5, "of an EDM network: fp32, bf16 or auto"),
 ]
 
-
-# ------------------------------------------------------------------------------------------------------ EDM
 
 def edm_denoise(net, x, sigma, labels=None):
     """D(x; sigma), the clean image that an EDM network sees in x (B, C, H, W) = image + sigma noise.
@@ -60,10 +55,7 @@ def edm_denoise(net, x, sigma, labels=None):
 
 @torch.no_grad()
 def edm_heun(net, z, steps, labels=None):
-    """EDM's sampler: noise z (B, C, H, W) -> images, by 2 steps - 1 calls of an EDM network. Its Algorithm 1.
-
-    It starts from 80 z, so z ~ N(0, I) and the image are a pair, as with euler().
-    """
+    """EDM's sampler, its Algorithm 1: 80 z, z noise (B, C, H, W) -> images, by 2 steps - 1 network calls."""
     low, high, rho = 0.002, 80, 7  # EDM: sigma_min, sigma_max, rho
     first, last = high ** (1 / rho), low ** (1 / rho)
     sigmas = [(first + i / max(1, steps - 1) * (last - first)) ** rho for i in range(steps)] + [0]
@@ -111,23 +103,21 @@ def residual_blocks(net):
     for part, side in (("encoder", "enc"), ("middle", "dec"), ("decoder", "dec")):
         number = 0  # among the blocks of this size
         for index, block in enumerate(getattr(net, part)):
-            if block.up:
-                size, number, kind = size * 2, 0, "up"
-            elif isinstance(block.resample, nn.AvgPool2d):
-                size, number, kind = size // 2, 0, "down"
-            elif part == "middle":
-                kind = f"in{index}"
-            else:
-                kind, number = f"block{number}", number + 1
-            yield f"{part}.{index}", block, f"{side}.{size}x{size}_{kind}"
+            down, name = isinstance(block.resample, torch.nn.AvgPool2d), f"block{number}"
+            if block.up or down:
+                size, number, name = size * 2 if block.up else size // 2, -1, "up" if block.up else "down"
+            number += 1
+            name = f"in{index}" if part == "middle" else name
+            yield f"{part}.{index}", block, f"{side}.{size}x{size}_{name}"
 
 
 def ncsnpp_layout(net):
     """NCSN++: all_modules.<i>.<part>, i in the order of construction, attention a module of its own."""
     names = {"norm0": "GroupNorm_0", "conv0": "Conv_0", "emb": "Dense_0", "norm1": "GroupNorm_1",
              "conv1": "Conv_1", "skip": "Conv_2"}
-    layout = both("time0", "all_modules.0") + both("time1", "all_modules.1") + both("conv_in", "all_modules.2")
-    i = 3
+    layout, i = [], 3
+    for number, ours in enumerate(("time0", "time1", "conv_in")):
+        layout += both(ours, f"all_modules.{number}")
     for prefix, block, _ in residual_blocks(net):
         for ours, theirs in names.items():
             if hasattr(getattr(block, ours), "weight"):  # most blocks have no layer in their skip
@@ -183,68 +173,60 @@ def fill(net, layout, state_dict, source):
     return net.eval()
 
 
-# ------------------------------------------------------------------------------------------------- networks
-
 def from_ncsnpp(state_dict, image_size=None):
-    """The authors' network as a UNet. state_dict: keys with or without "module.".
+    """The authors' network as a UNet. UserError, naming the first entries, if it is incomplete or another.
 
-    image_size: if not given, the one whose attention is at 16x16, as in all published networks.
-    Raises UserError, with the names of the first entries, if the state dict is incomplete or of another kind.
+    state_dict: keys with or without "module."; image_size: if not given, attention is at 16x16, as published.
     """
     state_dict = {key.removeprefix("module."): value for key, value in state_dict.items()}
     state_dict.pop("sigmas", None)  # a table that the network does not use
-    conv_in = state_dict.get("all_modules.2.weight", torch.empty(0)).shape
-    require(len(conv_in) == 4, "not an NCSN++ state dict: all_modules.2.weight is missing or misshapen")
+    conv_in = state_dict.get("all_modules.2.weight", torch.empty(0))
+    require(conv_in.ndim == 4, "not an NCSN++ state dict: all_modules.2.weight is missing or misshapen")
 
     # 1. Every residual block: (channels out, channels in, has a skip convolution, attention follows).
-    parts = {}  # {i: what all_modules.i consists of}
+    parts, blocks = {}, []  # {i: what all_modules.i consists of}
     for key in state_dict:
         if match := re.fullmatch(r"all_modules\.(\d+)\.(.+)", key):
             parts.setdefault(int(match[1]), []).append(match[2])
-    blocks = []
     for i, names in sorted(parts.items()):
         if any(name.startswith(("Conv_", "Dense_")) for name in names):
-            weight = state_dict.get(f"all_modules.{i}.Conv_0.weight", torch.empty(0))
-            c_out, c_in = (*weight.shape, 0, 0)[:2]
+            c_out, c_in = (*state_dict.get(f"all_modules.{i}.Conv_0.weight", conv_in).shape, 0)[:2]
             attention = any(name.startswith("NIN_") for name in parts.get(i + 1, []))
             blocks.append((c_out, c_in, "Conv_2.weight" in names, attention))
 
-    # 2. L levels of n blocks have 2 L n + 3 L in all. The encoder's blocks n, 2 n + 1, ... halve the size:
-    #    they, and no others, keep the width and have a skip convolution. So which L is it?
-    for levels in range(1, len(blocks) // 5 + 1):
-        n, rest = divmod(len(blocks) - 3 * levels, 2 * levels)
-        encoder = blocks[:levels * n + levels - 1]
-        halving = [i for i, (c_out, c_in, skip, _) in enumerate(encoder) if skip and c_in == c_out]
-        if rest == 0 and halving == [n + i * (n + 1) for i in range(levels - 1)]:
-            break
-    else:
-        raise UserError(f"not an NCSN++ state dict: {len(blocks)} blocks of these widths make no U-Net")
-    first = encoder[::n + 1]  # of each level
+    # 2. L levels of n blocks have (2 n + 3) L in all. After the first n comes one that halves the size: it is
+    #    the first that has a skip convolution although its width stays.
+    halving = [i for i, (c_out, c_in, skip, _) in enumerate(blocks) if skip and c_in == c_out]
+    n = halving[0] if halving else (len(blocks) - 3) // 2
+    levels = len(blocks) // (2 * n + 3)
+    require(n > 0 and len(blocks) == (2 * n + 3) * levels,
+            f"not an NCSN++ state dict: {len(blocks)} residual blocks of these widths make no U-Net")
+    first = blocks[:(n + 1) * levels:n + 1]  # of each level of the encoder
     with_attention = [level for level, block in enumerate(first) if block[3]]
     require(image_size or with_attention, "there is no attention outside the middle: give --image_size")
-    image_size = image_size or 16 * 2 ** with_attention[0]
-    net = UNet(image_size, conv_in[1], conv_in[0], [block[0] // conv_in[0] for block in first], n,
+    image_size, (base, channels) = image_size or 16 * 2 ** with_attention[0], conv_in.shape[:2]
+    net = UNet(image_size, channels, base, [block[0] // base for block in first], n,
                [image_size // 2**level for level in with_attention])
     return fill(net, ncsnpp_layout(net), state_dict, "the NCSN++ state dict")
 
 
 def from_songunet(state_dict):
-    """EDM's SongUNet (DDPM++ settings) as a UNet. state_dict: keys with or without "model.".
+    """EDM's SongUNet as a UNet. UserError, naming the first entries, if it is incomplete or another.
 
-    Its augmentation labels are left out: they are 0 whenever images are made. Its constants (resample_filter)
-    tell that EDM's code wrote it, and so how the time embedding was rounded; export() writes none.
-    Raises UserError, with the names of the first entries, if it is incomplete or of another kind.
+    state_dict: keys with or without "model.". Its augmentation labels are left out: when sampling they are 0.
+    Its constants (resample_filter) tell that EDM's code wrote it, and so how the time embedding was rounded.
     """
     by_edm = any(key.endswith("resample_filter") for key in state_dict)
     state_dict = {key.removeprefix("model."): value for key, value in state_dict.items()
                   if not key.endswith(("resample_filter", "map_augment.weight"))}
-    first = [match for key in state_dict if (match := re.fullmatch(r"enc\.(\d+)x\1_conv\.weight", key))]
+    first = re.findall(r"enc\.(\d+)x\1_conv\.weight", "\n".join(state_dict))
     require(len(first) == 1, "not a SongUNet state dict of the DDPM++ kind: it must have one "
             "enc.<size>x<size>_conv.weight (an ADM network, like EDM's of ImageNet-64, has none)")
-    image_size, (base, channels) = int(first[0][1]), state_dict[first[0][0]].shape[:2]
+    image_size = int(first[0])
+    base, channels = state_dict[f"enc.{image_size}x{image_size}_conv.weight"].shape[:2]
     mult, attn, n, size = [], [], 1, image_size
     while level := [key for key in state_dict if key.startswith(f"enc.{size}x{size}_block")]:
-        mult.append(max(len(state_dict[key]) for key in level if ".conv" in key) // base)
+        mult.append(max((len(state_dict[key]) for key in level if ".conv" in key), default=0) // base)
         attn += [size] if any(".qkv." in key for key in level) else []
         n = max(n, *(1 + int(re.search(r"_block(\d+)", key)[1]) for key in level))
         size //= 2
@@ -256,50 +238,45 @@ def from_songunet(state_dict):
     return fill(net, songunet_layout(net), state_dict, "the SongUNet state dict")
 
 
-def read_checkpoint(path, weights="ema", image_size=None):
-    """(UNet, "ncsnpp" or "songunet") from a published file. weights: "ema" or "model" of the authors'."""
+def read_checkpoint(path, image_size=None):
+    """(UNet, "ncsnpp" or "songunet") from a published file: its EMA, if it has one."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
-        raise UserError(f"{path} is damaged, or holds code and not only tensors (as EDM's files do: --help "
-                        "tells what to do)") from error
+        raise UserError(f"{path} is damaged, or holds code, as EDM's own files do: see --help") from error
     state_dict = content.get("model", content) if isinstance(content, dict) else {"": None}
     require(isinstance(state_dict, dict) and all(map(torch.is_tensor, state_dict.values())),
             f"{path} holds no state dict")
     if not any("all_modules." in key for key in state_dict):
         return from_songunet(state_dict), "songunet"
-    if weights == "ema" and "ema" in content:  # a list without names, in the order of the trained parameters
+    if "ema" in content:  # a list without names, in the order of the trained parameters
         names = [key for key in state_dict if not key.endswith("sigmas")]
         shadow = content["ema"].get("shadow_params", [])
-        require(len(names) == len(shadow),
-                f"{path}: the EMA has {len(shadow)} tensors, and the network {len(names)} parameters")
+        require(len(names) == len(shadow), f"{path}: the EMA has {len(shadow)} of {len(names)} tensors")
         state_dict = dict(zip(names, shadow))
     return from_ncsnpp(state_dict, image_size), "ncsnpp"
 
 
 def main(cfg):
     device, path = start(cfg, "import"), Path(cfg.checkpoint)
-    for name, choices in (("to", ("01_teacher", "03_reflow", "04_student")), ("weights", ("ema", "model")),
-                          ("predicts", ("auto", "velocity", "edm"))):
-        value = getattr(cfg, name)
-        require(value in choices, f"--{name} {value}: choose from {', '.join(choices)}")
+    require(cfg.to in ("01_teacher", "03_reflow", "04_student"), "--to: 01_teacher, 03_reflow or 04_student")
+    require(cfg.predicts in ("auto", "velocity", "edm"), "--predicts: auto, velocity or edm")
     require(path.is_file(), f"--checkpoint {cfg.checkpoint!r} does not exist")
     require(path.resolve().parent != cfg.folder.resolve() and not re.match(r"0\d_", path.name),
             f"{path}: move it out of {cfg.folder}, and give it a name that no result has")
 
     # 1. Read it under our names.
-    net, kind = read_checkpoint(path, cfg.weights, cfg.image_size or None)
+    net, kind = read_checkpoint(path, cfg.image_size or None)
     edm = cfg.predicts == "edm" or (cfg.predicts == "auto" and kind == "songunet")
-    say(f"{kind} | {sum(p.numel() for p in net.parameters()):,} parameters | {net.args} | predicts "
-        f"{'what EDM asks for' if edm else 'the velocity'}")
+    say(f"{kind} | {net.args} | predicts {'what EDM asks for' if edm else 'the velocity'}")
     made_from = {path.name: hashlib.sha256(path.read_bytes()).hexdigest()[:16]}
 
     # 2. An EDM network makes the pairs.
     if edm:
         require(cfg.to == "01_teacher", f"an EDM network is a teacher, not {cfg.to}: it predicts no velocity")
-        make_pairs = importlib.import_module("02_generate_pairs").make_pairs
-        net = on_device(net, device, cfg.precision)
-        make_pairs(cfg, "02_pairs.pt", net, made_from, cfg.n_pairs, cfg.sample_steps, PAIRS, sampler=edm_heun)
+        stage = importlib.import_module("02_generate_pairs")
+        stage.make_pairs(cfg, "02_pairs.pt", on_device(net, device, cfg.precision), made_from, cfg.n_pairs,
+                         cfg.sample_steps, PAIRS, sampler=edm_heun)
         save_grid(cfg.folder / "02_pairs.png", load(cfg, "02_pairs.pt")["x"][:64].split(8))
         say(f"wrote {cfg.folder}/02_pairs.pt, 02_pairs.png")
         return

@@ -17,15 +17,14 @@ from PIL import Image, ImageDraw, ImageFont
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import EVALUATION, euler, load_network, noise_for, require, run, say, start, to_uint8, writing
 
-SETTINGS = [
-    # name, its value for shapes, cifar10_quick, cifar10, ffhq64 and imagenet64, text
+SETTINGS = [  # name, its value for each preset, text
     ("steps", 25, 25, 25, 25, 25, "Euler steps of a path"),
     ("paths", 24, 24, 24, 24, 24, "paths of each network that are drawn"),
     ("strips", 3, 3, 3, 3, 3, "noises whose images are shown"),
     ("precision", *["fp32"] * 5, "fp32, bf16 or auto"),
 ]
 COLOURS = {"teacher": "#d1495b", "2-rectified flow": "#174a7c"}
-LEFT, TOP, WIDTH, HEIGHT, RIGHT = 60, 40, 330, 300, 560  # pixels: the curves' frame, the strips' left edge
+LEFT, TOP, WIDTH, HEIGHT, RIGHT, CELL = 60, 40, 330, 300, 560, 64  # pixels: the curves; the images
 
 
 def follow(net, z, steps):
@@ -46,13 +45,12 @@ def deviation(states):
     """|x_t - ((1 - t) z + t x)| / |x - z| for states (T + 1, B, C, H, W) of Euler paths: (T + 1, B)."""
     z, x = states[0], states[-1]
     t = torch.linspace(0, 1, len(states), device=x.device)[:, None, None, None, None]
-    line = (1 - t) * z + t * x
-    return (states - line).flatten(2).norm(dim=2) / (x - z).flatten(1).norm(dim=1)
+    return (states - ((1 - t) * z + t * x)).flatten(2).norm(dim=2) / (x - z).flatten(1).norm(dim=1)
 
 
 def main(cfg):
     device = start(cfg, "paths")
-    require(cfg.steps > 1 and 0 < cfg.strips <= cfg.paths, "it takes 2 --steps and 1 --strips, of the --paths")
+    require(cfg.steps > 1 and 0 < cfg.strips <= cfg.paths, "--steps: 2 or more; --strips: 1 up to --paths")
 
     # 1. Both flows, from the same noise.
     bends, ends = {}, {}  # of each network: deviations (T + 1, B); where the straight way on would end
@@ -66,18 +64,17 @@ def main(cfg):
 
     # 2. Left: the deviation from the straight line.
     shown = torch.linspace(0, cfg.steps, min(6, cfg.steps + 1)).round().long().tolist()  # states with images
-    cell = size * max(1, 64 // size)
-    below = TOP + cfg.strips * (2 * (cell + 4) + 8)
-    canvas = Image.new("RGB", (RIGHT + len(shown) * (cell + 4), max(400, below + 40)), "white")
+    height = max(400, TOP + cfg.strips * (2 * (CELL + 4) + 8) + 40)
+    canvas = Image.new("RGB", (RIGHT + len(shown) * (CELL + 4), height), "white")
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(13)
     highest = 1.3 * max(bend.max().item() for bend in bends.values())
     draw.text((LEFT, 12), "distance from the straight line (in its lengths)", "black", font)
-    for i in range(5):
-        y = TOP + HEIGHT * (1 - i / 4)
-        draw.line([(LEFT, y), (LEFT + WIDTH, y)], "#dddddd")
-        draw.text((LEFT - 6, y), f"{highest * i / 4:.3f}", "black", font, "rm")
-        draw.text((LEFT + WIDTH * i / 4, TOP + HEIGHT + 6), f"{i / 4:g}", "black", font, "ma")
     draw.text((LEFT + WIDTH / 2, TOP + HEIGHT + 24), "t (0: noise, 1: image)", "black", font, "ma")
+    for share in (0, 0.25, 0.5, 0.75, 1):
+        y = TOP + HEIGHT * (1 - share)
+        draw.line([(LEFT, y), (LEFT + WIDTH, y)], "#dddddd")
+        draw.text((LEFT - 6, y), f"{highest * share:.3f}", "black", font, "rm")
+        draw.text((LEFT + WIDTH * share, TOP + HEIGHT + 6), f"{share:g}", "black", font, "ma")
     for row, (name, bend) in enumerate(bends.items()):
         x = torch.linspace(LEFT, LEFT + WIDTH, cfg.steps + 1).tolist()
         for curve in (TOP + HEIGHT * (1 - bend.T / highest)).tolist():
@@ -88,15 +85,15 @@ def main(cfg):
 
     # 3. Right: where the straight way on would end.
     for column, i in enumerate(shown):
-        x = RIGHT + column * (cell + 4)
-        draw.text((x + cell / 2, 20), f"t = {i / cfg.steps:.1f}", "black", font, "ma")
+        x = RIGHT + column * (CELL + 4)
+        draw.text((x + CELL / 2, 20), f"t = {i / cfg.steps:.1f}", "black", font, "ma")
         for strip in range(cfg.strips):
             for row, name in enumerate(ends):
-                y = TOP + (2 * strip + row) * (cell + 4) + 8 * strip
+                y = TOP + (2 * strip + row) * (CELL + 4) + 8 * strip
                 image = Image.fromarray(to_uint8(ends[name][i, strip].cpu()).permute(1, 2, 0).numpy())
-                canvas.paste(image.resize((cell, cell), Image.NEAREST), (x, y))
+                canvas.paste(image.resize((CELL, CELL), Image.NEAREST), (x, y))
                 if column == 0:
-                    draw.text((RIGHT - 8, y + cell / 2), name, COLOURS[name], font, "rm")
+                    draw.text((RIGHT - 8, y + CELL / 2), name, COLOURS[name], font, "rm")
     with writing(cfg.folder / "paths.png") as file:
         canvas.save(file, "PNG")
     say(f"wrote {cfg.folder}/paths.png")

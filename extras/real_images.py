@@ -1,12 +1,10 @@
-"""CIFAR-10 on a CPU in about an hour: the five stages with small networks, the student with and without guidance.
+"""CIFAR-10 on a CPU in about an hour: the five stages with small networks.
 
     python extras/real_images.py --data cifar10                 # downloads CIFAR-10
     python extras/real_images.py --data cifar10-jpeg.zip --named "a JPEG copy of CIFAR-10"
 
-As in extras/ablations.py each run is a command of a stage, and the same command continues. An hour on a CPU is a
-few passes over the images: what comes out has colours, skies and things with edges, and little more. It shows
-that nothing in the stages is made for drawings, and how the networks compare after equally many steps.
-
+As in extras/ablations.py each run is a command of a stage, and the same command continues. An hour on a CPU
+is a few passes over the images: what comes out has colours, skies and things with edges, and little more.
 The distance is the Frechet distance of the features of a small classifier, trained here on nine tenths of the
 same images: "FD-cifar-classifier". It compares the rows of one table and nothing else; it is not FID.
 
@@ -16,29 +14,22 @@ Writes  extras/results/cifar10_cpu.json, .md, .png (made-up images only); the ru
 import json
 import sys
 from pathlib import Path
-from statistics import mean, stdev
 
 import numpy as np
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from ablations import ROOT, STAGES, made_with, make_all, stage  # it makes common importable
-from common import (decode, fingerprint, from_uint8, load_images, read, require, run, save, save_grid, say, start,
-                    writing)
+from common import decode, fingerprint, from_uint8, load_images, require, run, save_grid, say, start, writing
 
-PRESET = "cifar10_quick"  # of all runs, where nothing else is said below
-SETTINGS = [
-    # name, its value for shapes, cifar10_quick, cifar10, ffhq64 and imagenet64, text
-    ("data", *["cifar10"] * 5, "cifar10 (downloaded), or the path of CIFAR-10 or of other images with labels"),
-    ("named", *[""] * 5, "what the tables call the images; empty: --data"),
+SETTINGS = [  # name, its value for each preset, text
+    ("data", *["cifar10"] * 5, "cifar10 (downloaded), or the path of a folder or zip with labels"),
+    ("named", *[""] * 5, "what the table calls the images; empty: --data"),
     ("n_samples", *[2000] * 5, "images of each network that are measured"),
     ("scale", *[1.0] * 5, "all steps and pairs times this: 1 is an hour on 2 CPU cores"),
-    ("judge_steps", *[1500] * 5, "training steps of the distance's classifier"),
+    ("judge_steps", *[1500] * 5, "training steps of the classifier"),
     ("jobs", *[1] * 5, "runs at a time"),
-    ("seeds", *[1] * 5, "runs of everything, with the seeds 0, 1, ..."),
-    ("precision", *["auto"] * 5, "of the classifier's training"),
     ("results", *[str(ROOT / "extras" / "results")] * 5, "folder of table and picture"),
 ]
 
@@ -49,7 +40,8 @@ def networks(cfg):
         return max(1, round(cfg.scale * n))
 
     small = dict(mult=(1, 2, 4), blocks=1, attn=(8,), batch=64, cooldown=0.5, ema=0.999, precision="auto")
-    teacher = stage("01", data=cfg.data, base=32, dropout=0.0, lr=1e-3, steps=times(1900), warmup=times(200), **small)
+    teacher = stage("01", data=cfg.data, base=32, dropout=0.0, lr=1e-3, steps=times(1900), warmup=times(200),
+                    **small)
     pairs = stage("02", teacher, n_pairs=max(64, times(8192)), sample_steps=16, precision="auto")
     flow = stage("03", pairs, base=16, lr=2e-3, steps=times(1500), anneal_steps=times(550), warmup=times(100),
                  **small)
@@ -67,7 +59,7 @@ def networks(cfg):
 
 
 def classifier(classes):
-    """A network from images (B, 3, H, W) in [-1, 1] to classes; all but its last layer: to features (B, 128)."""
+    """From images (B, 3, H, W) in [-1, 1] to classes; all but the last layer: to features (B, 128)."""
     layers, c = [], 3
     for width in (32, 64, 128):
         layers += [STAGES["05"].Conv(c, width, 3), STAGES["05"].Conv(width, width, 3), nn.MaxPool2d(2)]
@@ -75,77 +67,64 @@ def classifier(classes):
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(c, classes))
 
 
-def train_classifier(cfg, net, images, labels, device):
-    """Trains it; returns the share that it names rightly of the tenth of the images that it has not seen."""
-    order = torch.randperm(len(images))
-    unseen, seen = order[:len(order) // 10], order[len(order) // 10:]
+def train_classifier(net, images, labels, steps, device):
+    """Trains it; returns the share that it names rightly of a tenth of the images, which it does not see."""
+    unseen, seen = torch.randperm(len(images)).tensor_split([len(images) // 10])
     optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3, weight_decay=1e-2)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=cfg.judge_steps)
-    for _ in range(cfg.judge_steps):
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
+    for _ in range(steps):
         i = seen[torch.randint(len(seen), (128,))]
-        x = from_uint8(images[i])
-        x = torch.where(torch.rand(len(x), 1, 1, 1) < 0.5, x.flip(3), x).to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bf16"):
-            loss = F.cross_entropy(net(x).float(), labels[i].to(device))
+        x = from_uint8(images[i].to(device))
+        x = torch.where(torch.rand(len(x), 1, 1, 1, device=device) < 0.5, x.flip(3), x)
         optimizer.zero_grad()
-        loss.backward()
+        nn.functional.cross_entropy(net(x), labels[i].to(device)).backward()
         optimizer.step()
         schedule.step()
     net.eval()
     with torch.no_grad():
-        named = [net(from_uint8(images[i]).to(device)).argmax(1).cpu() for i in unseen.split(256)]
+        named = [net(from_uint8(images[i].to(device))).argmax(1).cpu() for i in unseen.split(256)]
     return (torch.cat(named) == labels[unseen]).float().mean().item()
 
 
 def main(cfg):
+    cfg.preset, cfg.seeds = "cifar10_quick", 1  # the preset where networks() says nothing else
     device = start(cfg, "real images")
 
-    # 1. The classifier whose features are compared.
+    # 1. The stages, and their images.
     images, labels = load_images(cfg.data, 32)
-    require(labels is not None, f"{cfg.data} has no labels, which the distance's classifier needs")
-    require(len(images) >= 2 * cfg.n_samples > 0, f"{cfg.data} has {len(images)} images, fewer than twice "
-            f"--n_samples {cfg.n_samples}")
-    runs = Path(cfg.out, "real_images", fingerprint(images))  # other images under the same name: other runs
-    path, net = runs / f"classifier_{cfg.judge_steps}.pt", classifier(int(labels.max()) + 1).to(device)
-    if not path.exists():
-        accuracy = train_classifier(cfg, net, images, labels, device)
-        save(path, weights=net.state_dict(), accuracy=accuracy)
-    net.load_state_dict(read(path)["weights"])
-    net.eval()
-    accuracy = f"accuracy {read(path)['accuracy']:.1%}"
-    say(f"classifier | {accuracy}")
+    require(labels is not None, f"{cfg.data} has no labels, which the classifier needs")
+    require(len(images) >= 2 * cfg.n_samples > 0, f"{cfg.data} has fewer images than twice --n_samples")
+    cfg.runs = Path(cfg.out, "real_images", fingerprint(images))  # other images of the same name: other runs
+    made = make_all([task for task, _ in networks(cfg).values()], cfg)
+
+    # 2. The classifier whose features are compared.
+    net = classifier(int(labels.max()) + 1).to(device)
+    accuracy = train_classifier(net, images, labels, cfg.judge_steps, device)
 
     def gaussian_of(images):
         with torch.no_grad():
-            features = (net[:-1](from_uint8(part).to(device)) for part in images.split(256))
+            features = (net[:-1](from_uint8(part.to(device))) for part in images.split(256))
             return STAGES["05"].gaussian(features, 128)
-
-    # 2. The stages, and their images.
-    chosen = networks(cfg)
-    made = list(make_all([task for task, _ in chosen.values()], cfg, runs, PRESET).values())
 
     # 3. Distances to the images; and of some of the real ones to all others.
     real, distance = gaussian_of(images), STAGES["05"].frechet_distance
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(1))
     some, others = images[order[:cfg.n_samples]], images[order[cfg.n_samples:]]
-    rows, pictures = {"real (other images)": [distance(*gaussian_of(some), *gaussian_of(others))]}, {}
-    for title, (task, key) in chosen.items():
-        rows[title] = []
-        for seed in range(cfg.seeds):
-            files = sorted((task.folder(runs, PRESET, seed) / PRESET / f"05_{key}_images").glob("*.png"))
-            found = torch.from_numpy(np.stack([decode(file.read_bytes(), None) for file in files]))
-            rows[title].append(distance(*gaussian_of(found), *real))
-            pictures.setdefault(title, from_uint8(found[:12]))
+    rows, pictures = {"real (other images)": distance(*gaussian_of(some), *gaussian_of(others))}, {}
+    for title, (task, key) in networks(cfg).items():
+        files = sorted((task.folder(cfg, 0) / f"05_{key}_images").glob("*.png"))
+        found = torch.from_numpy(np.stack([decode(file.read_bytes(), None) for file in files]))
+        rows[title], pictures[title] = distance(*gaussian_of(found), *real), from_uint8(found[:12])
 
     # 4. The table and the picture.
-    lines = [f"{cfg.named or cfg.data}, {cfg.n_samples:,} images of each network; FD-cifar-classifier "
-             f"({accuracy}), {cfg.seeds} seed(s), {cfg.scale:g} of the steps and pairs.", "",
+    name = cfg.named or cfg.data
+    lines = [f"{name}, {cfg.n_samples:,} images of each network, {cfg.scale:g} of the steps and pairs; the "
+             f"classifier names {accuracy:.1%} of unseen images rightly.", "",
              "| network | FD-cifar-classifier |", "|---|---:|"]
-    for title, found in rows.items():
-        lines.append(f"| {title} | {mean(found):.3f}{f' ± {stdev(found):.3f}' if len(found) > 1 else ''} |")
-    lines += ["", made_with(made), ""]
-    facts = json.dumps({"images": cfg.named or cfg.data, "scale": cfg.scale, "distances": rows, "runs": made}, indent=1)
-    for suffix, text in (("md", "\n".join(lines)), ("json", facts)):
+    lines += [f"| {title} | {value:.3f} |" for title, value in rows.items()]
+    lines += ["", made_with(made.values()), ""]
+    facts = {"images": name, "scale": cfg.scale, "distances": rows, "runs": list(made.values())}
+    for suffix, text in (("md", "\n".join(lines)), ("json", json.dumps(facts, indent=1))):
         with writing(Path(cfg.results, f"cifar10_cpu.{suffix}")) as file:
             file.write(text.encode())
     save_grid(Path(cfg.results, "cifar10_cpu.png"), list(pictures.values()), list(pictures))

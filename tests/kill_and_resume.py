@@ -3,8 +3,8 @@
     python tests/kill_and_resume.py --kills 20
 
 Each stage runs once without a break. Then, in another folder, its process is killed (SIGKILL) again and again
-after a random time, and each time the same command is given again; the last run is left to end. States are saved
-all the time, so that many kills fall into a save.
+after a random time, and each time the same command is given again; the last run is left to end. States are
+saved all the time, so that many kills fall into a save.
 """
 import argparse
 import json
@@ -70,7 +70,9 @@ def kill_and_resume(number, whole, broken, kills, moments):
     seconds = time.time() - began
     for _ in range(kills):
         child = start(number, broken, kills)
-        time.sleep(moments.uniform(0, 2 * seconds / max(4, kills)))
+        while not list(Path(broken).glob(f"*/{number}_*")):  # wait until there is something to keep
+            time.sleep(0.001)
+        time.sleep(moments.uniform(0, 2 * seconds / max(8, kills)))
         if os.waitpid(child, os.WNOHANG)[0] == 0:  # it still runs
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
@@ -80,16 +82,17 @@ def kill_and_resume(number, whole, broken, kills, moments):
     assert names[0] == names[1], f"stray files: {names[0] ^ names[1]}"
     for name in names[0] - {"05_results.md"}:
         assert same(*(content(Path(out, "shapes", name)) for out in (whole, broken))), f"{name} differs"
-    print(f"{number} | {hits} of {kills} kills hit a run of {seconds:.1f} s | everything is the same", flush=True)
+    print(f"{number} | {hits} of {kills} kills hit a run of {seconds:.1f} s | everything is the same")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=20, help="kills per stage [20]")
     parser.add_argument("--seed", type=int, default=0, help="of the moments [0]")
     given = parser.parse_args()
+    rng = random.Random(given.seed)
     draw_few_shapes()
     common.SAVE_SECONDS = 0.02
     with tempfile.TemporaryDirectory() as out:
         for stage in ("01", "02", "03", "04", "05"):
-            kill_and_resume(stage, f"{out}/whole", f"{out}/broken", given.kills, random.Random(given.seed))
+            kill_and_resume(stage, f"{out}/whole", f"{out}/broken", given.kills, rng)

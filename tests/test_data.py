@@ -105,11 +105,12 @@ def test_dataset_json_gives_the_labels_or_is_refused(tmp_path, labels, found):
     ("x", {"a.png": RED, "b.png": picture("red", (9, 9))}, r"b.png.*\(3, 9, 9\).*\(3, 8, 8\)"),
     ("x", {"a.png": RED, "dataset.json": b"{"}, "dataset.json must"), ("x", {".a": b""}, "x holds no"),
     ("x.zip", b"PK", "x.zip is neither"), ("x.zip", {}, "x.zip holds no"), ("y", {}, "y does not exist"),
-    ("x.zip", "cut", "x.zip is neither"), ("x.zip", "changed", "x.zip is neither")])
+    ("x.zip", (b"PK\5\6", b"PK\5\7"), "x.zip is neit"), ("x.zip", (b"PK\1\2", b"PK\1\3"), "x.zip is neither"),
+    ("x.zip", (b"null", b"nuLL"), "dataset.json must"), ("x.zip", (RED[-9:], RED[-8:] + b"x"), "1.png is")])
 def test_bad_sources_are_refused_and_nothing_is_kept(tmp_path, name, content, message):
-    if content in ("cut", "changed"):
-        whole = write(tmp_path / name, {"1.png": RED}).read_bytes()
-        content = whole[:-30] if content == "cut" else whole.replace(b"PK\1\2", b"PK\1\3")
+    if isinstance(content, tuple):  # a good zip, with some bytes changed
+        good = write(tmp_path / name, {"1.png": RED, "dataset.json": b'{"labels": null}'})
+        content = good.read_bytes().replace(*content)
     with pytest.raises(UserError, match=message):
         load_images(write(tmp_path / name, content), None if "9" in message else 8)
     assert not list(tmp_path.rglob("cache/*"))
@@ -140,8 +141,8 @@ def test_images_are_decoded_once(tmp_path, monkeypatch):
         again, again_labels = load_images(source, 8)
     assert again[:, 0, 0, 0].tolist() == [0, 1, 2, 3, 4] * 2 and torch.equal(labels, again_labels)
     assert load_images(source, 4)[0].shape[2:] == (4, 4)
-    write(source / "a/9.png", RED)  # another content, another file
-    assert len(load_images(source, 8)[0]) == 11 and len(list(tmp_path.glob("data/cache/*.npy"))) == 3
+    write(source / "a/0.png", RED)  # another content, another file
+    assert load_images(source, 8)[0][0, 0, 0, 0] == 255 and len(list(tmp_path.glob("data/cache/*.npy"))) == 3
 
 
 def test_cifar10_in_its_binary_version(tmp_path):
@@ -211,3 +212,5 @@ def test_every_setting_has_five_values_of_one_type_and_a_text(stage, number, cap
     name, value = table[0][:2]  # the command line has the last word
     cfg = read_settings(table, "", [f"--{name}={value}", "--preset=cifar10", "--seed=3"])
     assert (cfg.seed, getattr(cfg, name), str(cfg.folder)) == (3, value, "out/cifar10")
+    with pytest.raises(UserError, match="--seed -1"):
+        read_settings(table, "", ["--seed=-1"])

@@ -1,6 +1,6 @@
 """Frechet distances, feature networks and LPIPS: known answers, and numbers of reference implementations.
 
-tests/fixtures: Frechet distances to 60 digits; features of FID's network with weights from the formula `filled`.
+tests/fixtures: Frechet distances to 60 digits; features of FID's network with `filled` weights.
 """
 import hashlib
 import io
@@ -22,7 +22,7 @@ FIXTURES, CPU = Path(__file__).with_name("fixtures"), torch.device("cpu")
 LPIPS_REFERENCE = ROOT.parent / "shared/fixtures/lpips_ref.npz"  # holds published weights: it stays outside
 
 
-def test_frechet_distance_of_known_gaussians(stage):
+def test_frechet_distances_of_known_gaussians_and_of_the_references(stage):
     distance, mu, eye = stage("05").frechet_distance, torch.zeros(4), torch.eye(4)
     assert distance(mu, eye, mu + 3, eye) == pytest.approx(36)
     assert distance(mu, 4 * eye, mu, 9 * eye) == pytest.approx(4 * (3 - 2) ** 2)
@@ -32,35 +32,31 @@ def test_frechet_distance_of_known_gaussians(stage):
                                        (mu, eye / 0, "finite"), (mu[:2], eye[:2, :2], "dimension")):
         with pytest.raises(UserError, match=message):
             distance(bad_mu, bad_sigma, mu, eye)
-
-
-def test_frechet_distances_equal_the_references(stage):
     data = np.load(FIXTURES / "frechet.npz")
-    names = sorted({key.split("::")[0] for key in data.files})
-    assert len(names) == 11
+    names = {key.split("::")[0] for key in data.files}
     for name in names:
-        *gaussians, expected = (data[f"{name}::{part}"] for part in ("mu1", "sigma1", "mu2", "sigma2", "dist"))
-        assert stage("05").frechet_distance(*gaussians) == pytest.approx(float(expected), rel=1e-9, abs=1e-9), name
+        gaussians = (data[f"{name}::{part}"] for part in ("mu1", "sigma1", "mu2", "sigma2"))
+        assert distance(*gaussians) == pytest.approx(float(data[f"{name}::dist"]), rel=1e-9, abs=1e-9), name
+    assert len(names) == 11
 
 
-def test_gaussian_streams_to_the_same_moments_in_any_batch_size(stage):
+def test_gaussian_streams_to_mean_and_covariance(stage):
     features = draw_shapes(70, 4)[0].flatten(1)[:, :10].float()
-    for batch in (1, 32, 70):
-        mu, sigma = stage("05").gaussian(iter(features.split(batch)), 10)
-        np.testing.assert_allclose(mu, features.double().mean(0), rtol=1e-12)
-        np.testing.assert_allclose(sigma, np.cov(features.double().numpy().T), rtol=1e-9)
+    mu, sigma = stage("05").gaussian(iter(features.split(32)), 10)
+    np.testing.assert_allclose(mu, features.double().mean(0), rtol=1e-12)
+    np.testing.assert_allclose(sigma, np.cov(features.double().numpy().T), rtol=1e-9)
 
 
 def test_fd_shapes_orders_what_a_person_would_order(stage):
-    s = stage("05")
-    net, (other, kinds) = s.load_judge(CPU), draw_shapes(1000, 16, seed=1)
-    noisy, static = to_uint8(from_uint8(other) + 0.3 * torch.randn(other.shape)), (torch.rand(other.shape) * 255).byte()
-    gaussians = []
+    s, (other, kinds), gaussians = stage("05"), draw_shapes(1000, 16, seed=1), []
+    features_of, dimensions, name, _ = s.feature_network(common.read_settings(s.SETTINGS, "", []), CPU)
+    noisy = to_uint8(from_uint8(other) + 0.3 * torch.randn(other.shape))
+    static = (torch.rand(other.shape) * 255).byte()
     for images in (draw_shapes(2000, 16)[0], other, noisy, other[kinds[:, 0] == 0], static):
         with torch.no_grad():
-            gaussians.append(s.gaussian([net(from_uint8(images))], net.head.in_features))
-    floor, noise, circles, worst = (s.frechet_distance(*gaussian, *gaussians[0]) for gaussian in gaussians[1:])
-    assert 10 * floor < noise < worst and 10 * floor < circles < worst
+            gaussians.append(s.gaussian([features_of(images)], dimensions))
+    floor, noise, circles, worst = (s.frechet_distance(*other, *gaussians[0]) for other in gaussians[1:])
+    assert name == "FD-shapes" and 10 * floor < noise < worst and 10 * floor < circles < worst
 
 
 def test_quantise_rounds_or_truncates_and_resize_tf1_has_no_half_pixel_centres(stage):
@@ -69,6 +65,12 @@ def test_quantise_rounds_or_truncates_and_resize_tf1_has_no_half_pixel_centres(s
     assert stage("05").quantise(x, "truncate").tolist() == [0, 0, 0, 127, 255, 255]
     x = torch.tensor([[0.0, 10.0]]).expand(1, 1, 2, 2)
     assert stage("05").resize_tf1(x, 4)[0, 0, 0].tolist() == [0, 5, 10, 10]
+
+
+def test_pseudo_huber_and_l2(stage):
+    x = torch.stack([torch.zeros(3, 4, 4), torch.full((3, 4, 4), 2.0)])
+    assert stage("04").squared_l2(x, 0 * x).tolist() == [0, 4]
+    assert stage("04").pseudo_huber(x, 0 * x).tolist() == pytest.approx([0, 2 * 48**0.5], rel=1e-3)
 
 
 # ---------------------------------------------------------------------------------------------- Inception
@@ -92,21 +94,14 @@ def filled(state):
     return weights
 
 
-@pytest.fixture(scope="module")
-def inception_file(tmp_path_factory):
-    path = tmp_path_factory.mktemp("weights") / "inception.pth"
-    torch.save(filled(load_script("05").Inception().state_dict()), path)
-    return path
-
-
 @pytest.fixture
-def published(inception_file, monkeypatch):
+def published(monkeypatch):
     """Stage 05, and a stand-in for the published file of 91 MB at data/inception.pth."""
-    s = load_script("05")
+    s, path = load_script("05"), Path("data/inception.pth")
+    path.parent.mkdir()
+    torch.save(filled(s.Inception().state_dict()), path)
     monkeypatch.setattr(s, "INCEPTION_URL", "http://127.0.0.1:9/inception.pth")
-    monkeypatch.setattr(s, "INCEPTION_SHA256", hashlib.sha256(inception_file.read_bytes()).hexdigest()[:8])
-    Path("data").mkdir()
-    Path("data/inception.pth").symlink_to(inception_file)
+    monkeypatch.setattr(s, "INCEPTION_SHA256", hashlib.sha256(path.read_bytes()).hexdigest()[:8])
     return s
 
 
@@ -116,7 +111,6 @@ def test_inception_features_equal_the_references_and_other_weights_are_refused(p
     for resize, name in (("tf1", "feat_tf1"), ("pytorch_fid", "feat_pytorchfid")):
         features = published.inception_features(net, torch.from_numpy(data["images"]), resize)
         assert np.abs(features.numpy() - data[name]).max() < 1e-4, resize
-    Path("data/inception.pth").unlink()
     Path("data/inception.pth").write_bytes(b"nonsense")
     with pytest.raises(UserError, match="sha256 of data/inception.pth is .*--metric none"):
         published.load_inception(CPU)
@@ -154,7 +148,7 @@ def test_fid_of_two_sets_without_networks(published, monkeypatch):
     assert other != pytest.approx(expected, rel=1e-3)
     np.savez("wrong.npz", mu=np.zeros(3), sigma=np.eye(3))
     np.savez("objects.npz", mu=np.array([{}]), sigma=np.eye(3))
-    for reference, message in (("wrong.npz", "3 features, .*2048"), ("objects.npz", "objects.npz"),
+    for reference, message in (("wrong.npz", "wrong.npz .*2048"), ("objects.npz", "objects.npz"),
                                ("small", "another size than small")):
         with pytest.raises(UserError, match=message):
             measured("a", reference, "--allow_few")
@@ -193,12 +187,13 @@ def test_lpips_is_what_its_definition_says(lpips):
     torch.testing.assert_close(lpips(x[:, :, ::2, ::2], y), lpips(large, y))
 
 
-def test_lpips_has_a_finite_gradient_where_all_features_are_zero(stage):
+def test_lpips_is_finite_where_all_features_are_zero(stage):
     net, x = stage("04").LPIPS(), torch.zeros(1, 3, 64, 64, requires_grad=True)
-    for layer in (net.features[0], net.features[2]):
-        layer.bias.fill_(-100.0)  # every ReLU is off
-    net(x, torch.rand(1, 3, 64, 64)).sum().backward()
-    assert x.grad.isfinite().all()
+    net.features[0].bias.fill_(-100.0)  # every ReLU is off
+    net.features[2].bias.fill_(-100.0)
+    distance = net(x, x.detach() + 1)
+    distance.backward()
+    assert distance.isfinite() and x.grad.isfinite().all()
 
 
 def test_lpips_reads_the_published_files_and_refuses_others(lpips, stage, monkeypatch):
@@ -216,11 +211,13 @@ def test_lpips_reads_the_published_files_and_refuses_others(lpips, stage, monkey
 
 @pytest.mark.skipif(not LPIPS_REFERENCE.exists(), reason="the published weights of LPIPS are not at hand")
 def test_lpips_equals_the_reference(lpips, stage):
-    data, net, state = np.load(LPIPS_REFERENCE), stage("04").LPIPS(), lpips.state_dict()
-    net.load_state_dict({key: torch.from_numpy(data[f"lin::{key}"]) if key[:3] == "lin" else state[key] for key in state})
+    data, net = np.load(LPIPS_REFERENCE), stage("04").LPIPS()
+    linear = {key[5:]: torch.from_numpy(data[key]) for key in data.files if key.startswith("lin::")}
+    net.load_state_dict(lpips.state_dict() | linear)
     x, y = torch.from_numpy(data["x"]).requires_grad_(), torch.from_numpy(data["y"])
     distance = net(x, y)
     distance.sum().backward()
     small = net(x[:, :, ::2, ::2], y[:, :, ::2, ::2])
-    for ours, name in ((distance, "dist"), (net.per_layer(x, y).T, "per_layer"), (small, "dist_up32"), (x.grad, "grad_x")):
+    layers = net.per_layer(x, y).T
+    for name, ours in {"dist": distance, "per_layer": layers, "dist_up32": small, "grad_x": x.grad}.items():
         np.testing.assert_allclose(ours.detach(), data[name], atol=1e-6)

@@ -48,7 +48,7 @@ def test_two_processes_make_the_same_pairs_and_distances_and_train_to_the_end(fi
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's /proc to find the processes")
 def test_when_one_process_is_killed_both_end_and_one_or_two_continue(tmp_path):
-    run, state = start_two("01", tmp_path, "--steps=100"), tmp_path / "shapes/01_state.pt"
+    run, state = start_two("01", tmp_path, "--steps=60"), tmp_path / "shapes/01_state.pt"
     while not state.exists():
         assert run.poll() is None, run.communicate()[0]
         time.sleep(0.02)
@@ -59,8 +59,8 @@ def test_when_one_process_is_killed_both_end_and_one_or_two_continue(tmp_path):
     assert run.returncode != 0 and not any(Path("/proc", worker).exists() for worker in workers)
     assert not (tmp_path / "shapes/01_teacher.pt").exists()
     shutil.copytree(tmp_path / "shapes", tmp_path / "one/shapes")
-    assert "continues after step" in output_of(start_two("01", tmp_path, "--steps=100"))
-    call("01", tmp_path / "one", steps=100)
+    assert "continues after step" in output_of(start_two("01", tmp_path, "--steps=60"))
+    call("01", tmp_path / "one", steps=60)
     for out in (tmp_path, tmp_path / "one"):
         assert all(weight.isfinite().all() for weight in artifact(out, "01_teacher.pt")["weights"].values())
 

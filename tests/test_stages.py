@@ -70,6 +70,7 @@ def test_stage_01_hands_over_images_half_of_them_mirrored_and_their_labels(ready
     assert z.shape == x.shape == (200, 3, 16, 16) and x.min() >= -1 and 0.5 < x.max() <= 1
     plain, mirrored = matches(x, from_uint8(images)), matches(x.flip(3), from_uint8(images))
     assert ((plain | mirrored).sum(1) == 1).all() and low <= mirrored.sum() <= high
+    assert (mirrored.view(25, -1).any(1).sum() > 20) == (high > 0)  # each on its own, not all of a batch
     found = (plain | mirrored).int().argmax(1)
     assert torch.equal(y, (kinds[:, 0] * 6 + kinds[:, 1]).long()[found]) and len(found.unique()) > 120
     assert abs(z.std() - 1) < 0.01 and abs((z * x).mean()) < 0.02 and len(z.unique(dim=0)) == 200
@@ -87,14 +88,15 @@ def test_stage_03_hands_over_pairs_both_ends_mirrored_and_beta(ready, tmp_path, 
     assert torch.equal(plain, matches(x, pairs["x"]))
     assert torch.equal(mirrored, matches(x.flip(3), pairs["x"]))
     assert ((plain | mirrored).sum(1) == 1).all() and low <= mirrored.sum() <= high
+    assert (mirrored.view(25, -1).any(1).sum() > 20) == (high > 0)  # each on its own, not all of a batch
     found = (plain | mirrored).int().argmax(1)
     assert torch.equal(y, pairs["labels"][found]) and len(found.unique()) > 35
 
 
-@pytest.mark.parametrize("source, first", [("teacher", PAIRS), ("flow", OWN_PAIRS)])
-def test_stage_04_hands_over_pairs_and_fresh_noise(ready, tmp_path, source, first):
-    settings = dict(pairs_from=source, n_pairs=40, pair_steps=2, t_low=0.3, t_high=0.4, steps=6, lr=0.05)
-    calls = recorded("04", ready, tmp_path, **settings)
+@pytest.mark.parametrize("source, first, guidance", [("teacher", PAIRS, 0.5), ("flow", OWN_PAIRS, 1)])
+def test_stage_04_hands_over_pairs_and_fresh_noise_and_weighs(ready, tmp_path, source, first, guidance):
+    calls = recorded("04", ready, tmp_path, pairs_from=source, n_pairs=40, pair_steps=2, t_low=0.3,
+                     t_high=0.4, guidance=guidance, steps=6, lr=0.05)
     pairs = common.read(tmp_path / f"shapes/0{2 if source == 'teacher' else 4}_pairs.pt")
     assert torch.equal(pairs["z"], noise_for(0, range(first, first + 40), (3, 16, 16)).half())
     (z, x), (fresh, y) = joined(calls["distill_loss"], "z", "x"), joined(calls["guided_loss"], "z", "labels")
@@ -104,22 +106,14 @@ def test_stage_04_hands_over_pairs_and_fresh_noise(ready, tmp_path, source, firs
     assert abs(fresh.std() - 1) < 0.02 and len(fresh.unique(dim=0)) == 48
     assert not matches(fresh, pairs["z"]).any()
     weights = common.read(tmp_path / "shapes/03_reflow.pt")["weights"]
-    for asked, one, two in zip(*(calls[name] for name in LOSSES["04"])):
+    for asked, one, two, update in zip(*(calls[name] for name in [*LOSSES["04"], "update"])):
         assert (two["t_low"], two["t_high"]) == (0.3, 0.4)
+        torch.testing.assert_close(update["loss"], one["result"] + guidance * two["result"])
         assert torch.equal(asked["labels"], torch.cat([two["labels"]] * 2))
         # Each loss gets the student's answer to its own noise.
         assert torch.equal(asked["z"], torch.cat([one["z"], two["z"]]))
         assert torch.equal(asked["result"], torch.cat([one["velocity"], two["velocity"]]))
         assert all(torch.equal(value, weights[key]) for key, value in two["flow"].state_dict().items())
-
-
-def test_guidance_weighs_the_second_loss(ready, tmp_path):
-    runs = {weight: recorded("04", ready, tmp_path, steps=1, guidance=weight) for weight in (1, 0.5, 0)}
-    for weight, calls in runs.items():
-        guided = sum(weight * call["result"] for call in calls["guided_loss"])
-        torch.testing.assert_close(calls["update"][0]["loss"], calls["distill_loss"][0]["result"] + guided)
-        assert torch.equal(calls["distill_loss"][0]["x"], runs[1]["distill_loss"][0]["x"])
-    assert runs[1]["update"][0]["loss"] > runs[0.5]["update"][0]["loss"] and not runs[0]["guided_loss"]
 
 
 @pytest.mark.parametrize("number", LOSSES)
