@@ -1,4 +1,4 @@
-"""Stage 01: train the teacher, a 1-rectified flow, on real images.
+"""Stage 01: train the teacher, a rectified flow, on real images.
 
 A rectified flow is a velocity field v that carries noise z (t = 0) to images x (t = 1). It is learned by
 regression: draw an image and, independently, a noise; stand on the straight line between them; predict the
@@ -42,7 +42,7 @@ SETTINGS = [
     ("blocks",      1,         2,             4,            4,            3,          "blocks per level"),
     ("attn",        (8,),      (16,),         (16,),        (16,),        (16,),      "sizes with attention"),
     ("dropout",     0.0,       0.1,           0.15,         0.15,         0.1,        "probability"),
-    # Training. (Paper: no teacher is trained; steps are as many as those of stage 03 there.)
+    # Training. (The paper trains no teacher. These are the steps that it gives stage 03.)
     ("steps",       375,       30_000,        800_000,      800_000,      800_000,    "optimiser steps"),
     ("batch",       64,        128,           128,          128,          128,        "images per step"),
     ("lr",          8e-3,      2e-4,          2e-4,         2e-4,         2e-4,       "learning rate"),

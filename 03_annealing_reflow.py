@@ -2,7 +2,8 @@
 
 "Reflow" is stage 01's regression on pairs instead of random couples. The lines between the ends of a pair
 hardly cross, so there is little left to average, and the paths that are learned are nearly straight: a
-2-rectified flow. One Euler step of it gives an image where one of the teacher gave a blur.
+2-rectified flow (the teacher is the 1-rectified one). One Euler step of it gives an image where one of the
+teacher gave a blur.
 
 Usually such a flow starts from the teacher's weights. Those do not fit into a smaller network, and from
 random weights, says the paper, fixed pairs are hard to learn. So begin with an easier problem and change it
@@ -31,13 +32,13 @@ from common import (EPS, Trainer, UNet, UserError, load, on_device, require, run
                     save_network, say, start)
 
 SETTINGS = [
-    # name            shapes     cifar10_quick  cifar10    ffhq64     imagenet64
+    # name           shapes     cifar10_quick  cifar10    ffhq64     imagenet64
     ("schedule",     "linear",  "linear",      "linear",  "linear",  "linear",
      "of beta: linear, cosine, exponential, none"),
     ("anneal_steps", 400,       15_000,        300_000,   300_000,   300_000,    "steps until beta is 0"),
     ("flip",         True,      True,          True,      True,      False,      "mirror half of the pairs"),
     # The small network: 0.3M, 7.0M, 15.7M, 15.7M, 80.6M parameters. (Paper, ImageNet: 80.7M, not this kind.)
-    ("base",         16,        64,            96,        96,        192, "channels of the first level"),
+    ("base",         16,        64,            96,        96,        192,        "channels of level 1"),
     ("mult",         (1, 2, 2), (1, 2, 2),     (1, 2, 2), (1, 2, 2), (1, 2, 2),  "times base: of each level"),
     ("blocks",       1,         2,             2,         2,         3,          "residual blocks per level"),
     ("attn",         (8,),      (16,),         (16,),     (16,),     (16,),      "sizes with attention"),
@@ -55,6 +56,8 @@ SETTINGS = [
 
 def beta(step, cfg):
     """The weight of fresh noise at a step (0, 1, ...), in [0, 1]. Paper, Table 4: linear is best."""
+    if cfg.schedule == "none":  # plain reflow, the paper's baseline
+        return 0.0
     require(cfg.anneal_steps, "--anneal_steps must be at least 1; --schedule none goes without annealing")
     k = step / cfg.anneal_steps
     if cfg.schedule == "linear":
@@ -63,15 +66,13 @@ def beta(step, cfg):
         return (1 + math.cos(math.pi * min(1.0, k))) / 2
     if cfg.schedule == "exponential":
         return math.exp(-k)
-    if cfg.schedule == "none":  # plain reflow, the paper's baseline
-        return 0.0
     raise UserError(f"--schedule {cfg.schedule}: choose from linear, cosine, exponential, none")
 
 
 def reflow_loss(net, z, x, b, labels=None):
     """E || v(x_t, t) - (x - z_beta) ||^2 on pairs, the mean over pixels and batch: a scalar. Paper, Eq. 9.
 
-    z, x (B, C, H, W): the pairs, x = ODE[teacher](z); b: beta, in [0, 1]; labels int64 (B,) or None.
+    z, x (B, C, H, W): the pairs, x is where the teacher takes z; b: beta, in [0, 1]; labels int64 (B,) or None.
     """
     # z_beta = sqrt(1 - beta^2) z + beta z'
     z_beta = math.sqrt(1 - b**2) * z + b * torch.randn_like(z)

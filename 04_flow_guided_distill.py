@@ -13,10 +13,10 @@ student's own, so every step can have new noise: the flow guides the student whe
 Why is the target better than the jump that is compared with it? The jump must guess the whole image from
 noise. The target goes only part of the way on that guess; then the flow looks at x_t, where the image
 already shows, and corrects the rest of the way. So the student is pulled towards what its own first step
-becomes after a second look. No gradient goes through the target: otherwise the two could meet by making the
-target worse. (Consistency models use the same trick. There, too, a jump from further away is matched to one
-from nearer by, without a gradient through the latter; but they take both jumps with one network, where a
-trained flow corrects the student here.)
+becomes after a second look. No gradient goes through the target: otherwise the loss could fall by making the
+target as bad as the jump. (Consistency models use the same trick: the jump from one time is matched to the
+jump from a later time, when more of the image shows, and no gradient goes through the latter. They jump twice
+with one network; here a trained flow goes the rest of the way.)
 
 D is a distance of images: squared L2; pseudo-Huber; or LPIPS, which compares what a network for photographs
 sees in them. The loss of `shapes` begins near 0.02, because the student is already an almost straight flow,

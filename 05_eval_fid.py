@@ -39,7 +39,7 @@ from common import (COLOURS, EVALUATION, RANK, SHAPES, WORLD, Attention, UserErr
 
 SETTINGS = [
     # name            shapes       cifar10_quick  cifar10     ffhq64      imagenet64
-    ("only",          "all",       "all",         "all",      "all",      "all",      "or teacher, ..."),
+    ("only",          "all",       "all",         "all",      "all",      "all",      "teacher, flow ..."),
     ("images",        "",          "",            "",         "",         "",         "a folder or zip"),
     ("reference",     "",          "",            "",         "",         "",         "images, or .npz"),
     ("n_samples",     1024,        10_000,        50_000,     50_000,     50_000,     "images per network"),
@@ -94,7 +94,7 @@ def gaussian(batches, dimensions):
 
 
 def count_macs(net):
-    """Multiply-adds of a call for one image, as the paper counts: convolutions and linear layers only."""
+    """Multiply-adds of a call for one image, without the attention blocks, as the paper counts."""
     x, labels = torch.zeros(1, 3, net.args["image_size"], net.args["image_size"]).to(net.conv_in.weight), None
     if net.args["classes"]:
         labels = torch.zeros(1, dtype=torch.long, device=x.device)
@@ -133,8 +133,9 @@ def make_images(net, cfg, n, steps):
 def write_png(cfg, key, net, steps):
     """Writes cfg.png images as 05_<key>_images/000000.png ..., and the first of them as a grid."""
     folder = cfg.folder / f"05_{key}_images"
-    for old in folder.glob("[0-9]*.png") if RANK == 0 else ():  # of an earlier run
-        old.unlink()
+    if RANK == 0:
+        for old in folder.glob("[0-9]*.png"):  # of an earlier run
+            old.unlink()
     wait_for_all()
     images = make_images(net, cfg, cfg.png, steps)
     for i, image in zip(range(cfg.png)[share(cfg.png)], images):
@@ -179,19 +180,19 @@ def main(cfg):
 
     # 1. The networks. With --png they write images, and that is all.
     networks, size = [], None  # (name, net, calls)
-    for key, file, name, steps in (("teacher", "01_teacher.pt", "teacher", cfg.teacher_steps),
-                                   ("flow", "03_reflow.pt", "2-rectified flow", cfg.flow_steps),
-                                   ("student", "04_student.pt", "student", cfg.student_steps)):
+    files = {"teacher": "01_teacher.pt", "flow": "03_reflow.pt", "student": "04_student.pt"}
+    for key, file in files.items():
         if cfg.only in ("all", key) and not cfg.images:
             net, _ = load_network(cfg, file, device)
-            size = net.args["image_size"]
+            size, steps = net.args["image_size"], getattr(cfg, f"{key}_steps")
+            name = "2-rectified flow" if key == "flow" else key
             networks += [(name, net, calls) for calls in sorted({1, steps}, reverse=True)]
             if cfg.png:
                 write_png(cfg, key, net, steps)
     if cfg.png:
         return
 
-    # 2. What they are compared with, and a set that is not theirs: the given one, or more drawings.
+    # 2. What they are compared with, and images that no network made: the given ones, or new drawings.
     source = cfg.reference or load(cfg, "01_teacher.pt")["settings"]["data"]
     require(cfg.metric != "fd_shapes" or source == "shapes",
             f"FD-shapes measures drawings, not {source}: set --metric fid or none")
@@ -238,8 +239,7 @@ def main(cfg):
     if given is not None:
         networks.insert(0, (cfg.images or "real", None, None))
     for name, net, calls in networks:
-        row = dict.fromkeys(("network", "calls", "distance", "parameters", "macs", "ms"))
-        row |= {"network": name, "calls": calls}
+        row = dict.fromkeys(("distance", "parameters", "macs", "ms")) | {"network": name, "calls": calls}
         if net is None:
             images, pictures[name] = given[share(len(given))], from_uint8(given[:12])
         else:
@@ -255,7 +255,8 @@ def main(cfg):
 
     # 5. The table, and a picture in which each column starts from one noise.
     if RANK == 0:
-        stem = cfg.folder / ("05_images" if cfg.images else f"05_{cfg.only}".replace("all", "results"))
+        name = "images" if cfg.images else "results" if cfg.only == "all" else cfg.only
+        stem = cfg.folder / f"05_{name}"
         conditions = ", ".join(f"{key} {protocol[key]}" for key in protocol)
         lines = [*table(rows, protocol["metric"]), "", conditions]
         with writing(f"{stem}.md") as file:
@@ -415,9 +416,7 @@ def load_inception(device):
     """Inception with the published weights, in eval mode. Raises UserError where they cannot be had."""
     path = download(INCEPTION_URL, INCEPTION_SHA256, "go without: --metric none")
     net = Inception()
-    counters = {key: value for key, value in net.state_dict().items() if key.endswith("num_batches_tracked")}
-    weights = torch.load(path, map_location="cpu", weights_only=True)
-    net.load_state_dict({**counters, **weights})  # the published file has no such counters
+    net.load_state_dict(dict(torch.load(path, map_location="cpu", weights_only=True)))
     return net.to(device).eval()
 
 

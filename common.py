@@ -10,8 +10,9 @@ Notation, the same in every script and in the equations:
 
 Images are uint8 on disk, float in [-1, 1] everywhere else. Labels are int64 (B,), or None.
 
-Constants carry their origin: "paper:", "official code:" (not in the paper) or "ours:" (our choice). In the
-settings, the columns cifar10 and ffhq64 are the paper's, unless the text says otherwise.
+Constants carry their origin: "paper:" (Zhu, Liu, Liu: SlimFlow, arXiv 2407.12718), "official code:" (only in
+the code that its authors published) or "ours:". The settings of cifar10 and ffhq64 are the paper's unless the
+text says otherwise; those of the other presets are ours.
 """
 import argparse
 import contextlib
@@ -41,14 +42,13 @@ PRESETS = ("shapes", "cifar10_quick", "cifar10", "ffhq64", "imagenet64")  # the 
 PRESET = "shapes"  # the column in use; --preset NAME chooses another for one run
 
 # Training draws t from [EPS, 1] and sampling begins at EPS: a network is asked only what it was taught.
-EPS = 1e-3  # official code: 0.001. Diffusion models divide by t; rectified flow inherited their bound
+EPS = 1e-3  # official code: 0.001, inherited from diffusion models, which divide by t
 # Noise is numbered. Each use has numbers of its own: no image that is judged comes from a noise trained on.
 PAIRS, OWN_PAIRS, EVALUATION = 0, 10**9, 2 * 10**9
-# `torchrun --nproc_per_node=8 01_train_teacher.py` starts 8 processes, one for each GPU; else there is 1.
+# `torchrun --nproc_per_node=8 01_train_teacher.py` starts 8 processes, one for each GPU; else there is one.
+# They divide the batch among them. What a stage makes is the same, but for other random draws in training.
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
-
-# -------------------------------------------------------------------------------------------------- settings
 
 class UserError(ValueError):
     """Something that the user can mend. run() prints it as one line, without a traceback."""
@@ -60,12 +60,11 @@ def require(condition, message):
         raise UserError(message)
 
 
-def int_tuple(text):
-    return tuple(int(part) for part in text.split(","))  # "1,2,2" -> (1, 2, 2)
-
-
 def read_settings(table, doc, argv=None):
     """A script's settings as attributes: the preset's column of its table, then the command line's."""
+    def int_tuple(text):
+        return tuple(int(part) for part in text.split(","))  # "1,2,2" -> (1, 2, 2)
+
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", default=PRESET, choices=PRESETS, help=f"column of the settings [{PRESET}]")
     preset = first.parse_known_args(argv)[0].preset
@@ -75,7 +74,7 @@ def read_settings(table, doc, argv=None):
     parser.add_argument("--seed", type=int, default=0, help="everything random follows from it [0]")
     parser.add_argument("--device", default="auto", help="auto (a GPU if any), cpu, cuda, cuda:1 or mps")
     parser.add_argument("--restart", action="store_true", help="start over instead of continuing")
-    parser.add_argument("--allow_mixed", action="store_true", help="take files not made from one another")
+    parser.add_argument("--allow_mixed", action="store_true", help="accept files made from replaced ones")
     for name, *values, text in table:
         value = values[PRESETS.index(preset)]
         how = {"type": int_tuple if isinstance(value, tuple) else type(value)}
@@ -115,18 +114,18 @@ def run(main, table, doc, argv=None):
     except KeyboardInterrupt as stop:
         sys.exit(str(stop) or "stopped: what was saved is kept, and the same command continues")
     except torch.OutOfMemoryError:
-        sys.exit("error: out of GPU memory: a smaller --batch, or more processes, need less")
+        sys.exit("error: out of GPU memory: a smaller --batch (02, 05: BATCH), or more processes, need less")
 
 
 def start(cfg, name):
     """Joins the other processes if there are any, prints the settings, and returns the torch.device."""
-    if WORLD > 1 and not dist.is_initialized():  # a process that waits for others for 10 minutes gives up
-        dist.init_process_group(timeout=datetime.timedelta(minutes=10))
+    if WORLD > 1 and not dist.is_initialized():  # a process that waits for another one for an hour gives up
+        dist.init_process_group(timeout=datetime.timedelta(hours=1))
     device = cfg.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
     has_bf16 = torch.cpu.get_capabilities().get("avx512_bf16", False)
     try:
-        if device == "cuda":
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        if device.startswith("cuda"):
+            torch.cuda.set_device(int(device[5:] or os.environ.get("LOCAL_RANK", 0)))
             torch.backends.cudnn.allow_tf32 = False  # fp32 means float32
             has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         device = torch.zeros(1, device=device).device
@@ -152,7 +151,7 @@ def wait_for_all():
 
 
 # ----------------------------------------------------------------------------------------- files and pictures
-# An artifact (.pt) is a dict. `id` is a fingerprint of its content, and `made_from` {file name: id} of all that
+# An artifact (.pt) is a dict. `id` is a fingerprint of its content, `made_from` {file name: id} of all that
 # it was made from, so that nothing is mixed unnoticed.
 
 def fingerprint(*tensors):
@@ -197,7 +196,7 @@ def read(path):
 
 
 def load(cfg, name):
-    """The artifact <out>/<preset>/<name>. Its "lineage" is the made_from of whatever is made from it."""
+    """The artifact <out>/<preset>/<name>. Its "lineage" becomes the made_from of what is made from it."""
     path, stage = cfg.folder / name, f"Run stage {name[:2]} for --preset {cfg.preset} --out {cfg.out}"
     require(path.exists(), f"{path} is missing. {stage} first")
     try:
@@ -262,7 +261,6 @@ def save_grid(path, rows, titles=None):
 
 
 # ------------------------------------------------------------------------------------------------------ data
-
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"  # 170 MB: the version without pickles
 CIFAR10_SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
 LARGEST_FILE = 100 * 2**20  # bytes. What is small in a zip may unpack to gigabytes
@@ -331,11 +329,9 @@ def load_images(source, image_size):
         return images, (attributes[:, 0] * len(COLOURS) + attributes[:, 1]).long()
     path = download(CIFAR10_URL, CIFAR10_SHA256, "give a path") if source == "cifar10" else Path(source)
     require(path.exists(), f"{path} does not exist: --data is shapes, cifar10, or a folder or zip of images")
-    return read_cifar10(path, image_size) if path.name.endswith(".tar.gz") else read_files(path, image_size)
-
-
-def read_cifar10(path, image_size):
-    """load_images for CIFAR-10's binary version: 5 x 10,000 records of a label byte and 3,072 pixel bytes."""
+    if not path.name.endswith(".tar.gz"):
+        return read_files(path, image_size)
+    # CIFAR-10's binary version: 5 x 10,000 records of a label byte and 3,072 pixel bytes.
     require(image_size in (None, 32), f"{path} holds 32x32 images: set --image_size 32, not {image_size}")
     try:
         with tarfile.open(path) as archive:  # nothing is unpacked to the disk
@@ -365,7 +361,7 @@ def read_files(path, image_size):
 
     def content(name):
         require(files[name][0] <= LARGEST_FILE, f"it has more than {LARGEST_FILE:,} bytes")
-        # read() without a number would unpack whatever there is, though the zip may say that it is small.
+        # The zip may lie about a size, and read() would unpack it all: read no more than it says.
         return archive.open(name).read(files[name][0] + 1) if archive else (path / name).read_bytes()
 
     # 2. Labels.
@@ -376,9 +372,9 @@ def read_files(path, image_size):
             labels = [given.pop(name) for name in names] if given else None
             require(not given, f"{list(given)[:1]} is not there")
             require(all(type(label) is int and label >= 0 for label in labels or []), "labels are 0, 1, ...")
-        except (KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:  # a KeyError names the image without a label
-            raise UserError(f'{path}: dataset.json must be {{"labels": [["a/0.png", 3], ...]}} with all images '
-                            f'or {{"labels": null}}; wrong is {error}') from error
+        except (KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
+            raise UserError(f'{path}: dataset.json must be {{"labels": [["a/0.png", 3], ...]}} for all images'
+                            f' or {{"labels": null}}; wrong is {error}') from error
     elif len(folders) > 1:
         labels = [folders.index(name.rpartition("/")[0]) for name in names]
 
@@ -386,7 +382,8 @@ def read_files(path, image_size):
     version = repr((str(path.resolve()), image_size, sorted(files.items()))).encode()
     cache, shape = Path("data", "cache", f"{hashlib.sha256(version).hexdigest()[:16]}.npy"), None
     with contextlib.ExitStack() as stack:
-        for name in names if RANK == 0 and not cache.exists() else []:
+        todo = names if RANK == 0 and not cache.exists() else []
+        for name in todo:
             try:
                 with Image.open(io.BytesIO(content(name)), formats=("PNG", "JPEG", "WEBP")) as image:
                     image = ImageOps.exif_transpose(image)  # a phone's photo may lie on its side, and says so
@@ -410,8 +407,8 @@ def read_files(path, image_size):
 
 
 # ----------------------------------------------------------------------------------------------------- U-Net
-# The paper's network: NCSN++ in its "DDPM++" form, also EDM's SongUNet. An encoder halves the image step by
-# step, a decoder doubles it again, and gets at each size what the encoder left there: the skips.
+# The paper's network (NCSN++, as "DDPM++"; EDM calls it SongUNet). An encoder halves the image step by step,
+# a decoder doubles it again, and gets at each size what the encoder left there: the skips.
 # The student of `shapes` (image_size 16, base 16, mult (1, 2, 2), blocks 1, attn (8,)), channels and size:
 #
 #     conv_in                              3 -> 16   16x16   leaves 16
@@ -425,7 +422,7 @@ def read_files(path, image_size):
 #              doubling; 2 blocks         32 -> 16   16x16   take 16, 16
 #     conv_out                            16 -> 3    16x16
 
-# Official code: the scale of every branch's last layer. So each block begins by passing on its input, and the
+# Official code: the scale of each branch's last layer. So blocks begin by passing on their input, and the
 # network by answering 0; training adds to that little by little, which deep networks learn best.
 NEARLY_ZERO = 1e-10
 
@@ -439,7 +436,7 @@ def init_(layer, scale=1.0):
 
 def group_norm(channels):
     groups = min(channels // 4, 32)
-    require(groups and channels % groups == 0, f"{channels} channels cannot be normalised: set base to 32 n")
+    require(groups and channels % groups == 0, f"{channels} channels: make --base a multiple of 32")
     return nn.GroupNorm(groups, channels, eps=1e-6)
 
 
@@ -489,7 +486,7 @@ class ResBlock(nn.Module):
 class UNet(nn.Module):
     """The velocity network v(x_t, t): base * mult[i] channels and `blocks` residual blocks on level i.
 
-    Attention follows the blocks at the sizes `attn`, and always in the middle. classes: of labels, or 0.
+    Attention follows them at the sizes `attn` (the last one, in the decoder), and in the middle.
     """
     precision = "fp32"  # "bf16": convolutions and matrix products in bfloat16, all else in float32
 
@@ -571,7 +568,6 @@ def on_device(net, device, precision):
 
 
 # ------------------------------------------------------------------------------------- sampling and training
-
 @torch.no_grad()
 def euler(net, z, steps, labels=None):
     """Follows dx/dt = v(x, t) from noise z (B, C, H, W) to images (B, C, H, W), in `steps` network calls."""
@@ -622,16 +618,15 @@ class Trainer:
     """
 
     def __init__(self, cfg, name, net, made_from):
-        require(cfg.steps and cfg.batch and cfg.batch % WORLD == 0, f"--steps {cfg.steps}, --batch {cfg.batch} "
-                f"must be at least 1, and the batch a multiple of the {WORLD} processes")
+        require(cfg.steps and cfg.batch and cfg.batch % WORLD == 0, f"--steps {cfg.steps} and --batch "
+                f"{cfg.batch} must be at least 1, and the batch a multiple of the {WORLD} processes")
         self.cfg, self.name, self.path = cfg, name, cfg.folder / f"{name[:2]}_state.pt"
         self.batch = cfg.batch // WORLD  # of this process
         self.trained = net.train()  # with dropout
         self.ema = copy.deepcopy(net).eval().requires_grad_(False)  # without
         self.optimizer = torch.optim.Adam(net.parameters(), betas=(0.9, 0.999), eps=1e-8, fused=True)  # paper
         self.done, self.recent, self.note = 0, [], ""  # steps done; of the last ones (loss, gradient norm)
-        # To continue, these must be the same. Data is known by its fingerprint, not by its path.
-        self.run = {**settings_of(cfg), "data": "", "made from": made_from}
+        self.run = {**settings_of(cfg), "data": "", "made from": made_from}  # data: by fingerprint, not path
         if cfg.restart and RANK == 0:
             self.path.unlink(missing_ok=True)
         if self.path.exists() and not cfg.restart:
@@ -668,8 +663,8 @@ class Trainer:
                     save(self.path, run=self.run, done=self.done, weights=self.trained.state_dict(),
                          ema=self.ema.state_dict(), optimizer=self.optimizer.state_dict())
             if end and self.done < cfg.steps:
-                raise KeyboardInterrupt(f"stopped after step {self.done} of {cfg.steps}: {self.path} keeps it, "
-                                        "the same command (without --restart) continues")
+                raise KeyboardInterrupt(f"stopped after step {self.done}: {self.path} keeps it, and the same "
+                                        "command (without --restart) continues")
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.default_int_handler)
 
@@ -690,7 +685,7 @@ class Trainer:
         recent = torch.stack(self.recent).tolist()
         for step, (loss, norm) in enumerate(recent, self.done - len(recent)):
             what = "gradient" if math.isfinite(loss) else "loss"
-            require(math.isfinite(loss) and math.isfinite(norm), f"{what} not finite at step {step}. The last state "
-                    "is kept. Look at the data, or start over with --restart and a lower --lr")
+            require(math.isfinite(loss) and math.isfinite(norm), f"{what} not finite at step {step}. The "
+                    "last state is kept. Look at the data, or start over with --restart and a lower --lr")
         self.recent = []
         return sum(loss for loss, _ in recent) / len(recent)

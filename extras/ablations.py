@@ -254,7 +254,7 @@ def grids():
     by_pairs.claims["guidance helps more with 64 pairs than with 8192"] = few + less
 
     size = Grid("Size of the student", "channels of its first level",
-                {**student, "flow, 8 calls": flow["8 calls"]}, ("parameters", "macs", "ms", "straightness"))
+                {**student, "flow, 8 calls": flow["8 calls"]}, ("parameters", "macs", "ms"))
     for base in (8, 16, 24):
         small = reflow_of(base=base)
         size.variants["", f"base {base}"] = evaluated(distilled(small)) + evaluated(small)
@@ -299,6 +299,8 @@ def values_of(grid, measured):
 def table(grid, measured, made):
     """The lines of <grid>.md, from the two lists in the .json."""
     values, seeds = values_of(grid, measured), len({entry["seed"] for entry in measured})
+    judges = {result["protocol"].get("judge") for entry in measured for result in entry["results"]}
+    require(len(judges) == 1, f"the runs had different judges ({judges}): delete their folders 05-*")
     lines = [f"**{grid.title}**: FD-shapes, mean ± standard deviation of {seeds} seeds.", "",
              f"| variant | {' | '.join([*grid.columns, *grid.facts])} |",
              "|---|" + "---:|" * len([*grid.columns, *grid.facts])]

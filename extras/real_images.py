@@ -15,13 +15,12 @@ import json
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn as nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from ablations import ROOT, STAGES, made_with, make_all, stage  # it makes common importable
-from common import decode, fingerprint, from_uint8, load_images, require, run, save_grid, say, start, writing
+from common import fingerprint, from_uint8, load_images, require, run, save_grid, say, start, writing
 
 SETTINGS = [  # name, its value for each preset, text
     ("data", *["cifar10"] * 5, "cifar10 (downloaded), or the path of a folder or zip with labels"),
@@ -112,8 +111,7 @@ def main(cfg):
     some, others = images[order[:cfg.n_samples]], images[order[cfg.n_samples:]]
     rows, pictures = {"real (other images)": distance(*gaussian_of(some), *gaussian_of(others))}, {}
     for title, (task, key) in networks(cfg).items():
-        files = sorted((task.folder(cfg, 0) / f"05_{key}_images").glob("*.png"))
-        found = torch.from_numpy(np.stack([decode(file.read_bytes(), None) for file in files]))
+        found, _ = load_images(task.folder(cfg, 0) / f"05_{key}_images", 32)
         rows[title], pictures[title] = distance(*gaussian_of(found), *real), from_uint8(found[:12])
 
     # 4. The table and the picture.
