@@ -33,34 +33,33 @@ from common import (EPS, Trainer, UNet, UserError, load, on_device, require, run
 
 SETTINGS = [
     # name           shapes     cifar10_quick  cifar10    ffhq64     imagenet64
-    ("schedule",     "linear",  "linear",      "linear",  "linear",  "linear",
-     "of beta: linear, cosine, exponential, none"),
-    ("anneal_steps", 400,       15_000,        300_000,   300_000,   300_000,    "steps until beta is 0"),
-    ("flip",         True,      True,          True,      True,      False,      "mirror half of the pairs"),
+    ("schedule",     "linear",  "linear",      "linear",  "linear",  "linear",  "of beta, see beta()"),
+    ("anneal_steps", 400,       15_000,        300_000,   300_000,   300_000,   "K, steps of annealing"),
+    ("flip",         True,      True,          True,      True,      False,     "mirror half of the pairs"),
     # The small network: 0.3M, 7.0M, 15.7M, 15.7M, 80.6M parameters. (Paper, ImageNet: 80.7M, not this kind.)
-    ("base",         16,        64,            96,        96,        192,        "channels of level 1"),
-    ("mult",         (1, 2, 2), (1, 2, 2),     (1, 2, 2), (1, 2, 2), (1, 2, 2),  "times base: of each level"),
-    ("blocks",       1,         2,             2,         2,         3,          "residual blocks per level"),
-    ("attn",         (8,),      (16,),         (16,),     (16,),     (16,),      "sizes with attention"),
-    ("dropout",      0.0,       0.0,           0.15,      0.15,      0.13,       "probability"),
+    ("base",         16,        64,            96,        96,        192,       "channels of level 1"),
+    ("mult",         (1, 2, 2), (1, 2, 2),     (1, 2, 2), (1, 2, 2), (1, 2, 2), "of each level, times base"),
+    ("blocks",       1,         2,             2,         2,         3,         "residual blocks per level"),
+    ("attn",         (8,),      (16,),         (16,),     (16,),     (16,),     "image sizes with attention"),
+    ("dropout",      0.0,       0.0,           0.15,      0.15,      0.13,      "probability"),
     # Training.
-    ("steps",        1100,      40_000,        800_000,   800_000,   800_000,    "optimiser steps"),
-    ("batch",        64,        128,           128,       128,       128,        "pairs per step"),
-    ("lr",           8e-3,      2e-4,          2e-4,      2e-4,      2e-4,       "learning rate"),
-    ("warmup",       100,       1000,          5000,      5000,      5000,       "steps in which lr rises"),
-    ("cooldown",     0.6,       0.3,           0.0,       0.0,       0.0,        "share in which lr falls"),
-    ("ema",          0.999,     0.9995,        0.999999,  0.999999,  0.999999,   "decay of averaged weights"),
-    ("precision",    "auto",    "auto",        "auto",    "auto",    "auto",     "fp32, bf16 or auto"),
+    ("steps",        1100,      40_000,        800_000,   800_000,   800_000,   "optimiser steps"),
+    ("batch",        64,        128,           128,       128,       128,       "pairs per step"),
+    ("lr",           8e-3,      2e-4,          2e-4,      2e-4,      2e-4,      "learning rate"),
+    ("warmup",       100,       1000,          5000,      5000,      5000,      "steps while lr rises"),
+    ("cooldown",     0.6,       0.3,           0.0,       0.0,       0.0,       "share while lr falls"),
+    ("ema",          0.999,     0.9995,        0.999999,  0.999999,  0.999999,  "decay of averaged weights"),
+    ("precision",    "auto",    "auto",        "auto",    "auto",    "auto",    "fp32, bf16 or auto"),
 ]
 
 
 def beta(step, cfg):
-    """The weight of fresh noise at a step (0, 1, ...), in [0, 1]. Paper, Table 4: linear is best."""
+    """The weight of fresh noise at a step (0, 1, ...): 1 at first; 0 from step K on (exponential: 1/e)."""
     if cfg.schedule == "none":  # plain reflow, the paper's baseline
         return 0.0
     require(cfg.anneal_steps, "--anneal_steps must be at least 1; --schedule none goes without annealing")
     k = step / cfg.anneal_steps
-    if cfg.schedule == "linear":
+    if cfg.schedule == "linear":  # paper, Table 4: the best
         return max(0.0, 1 - k)
     if cfg.schedule == "cosine":
         return (1 + math.cos(math.pi * min(1.0, k))) / 2
@@ -72,7 +71,7 @@ def beta(step, cfg):
 def reflow_loss(net, z, x, b, labels=None):
     """E || v(x_t, t) - (x - z_beta) ||^2 on pairs, the mean over pixels and batch: a scalar. Paper, Eq. 9.
 
-    z, x (B, C, H, W): the pairs, x is where the teacher takes z; b: beta, in [0, 1]; labels int64 (B,) or None.
+    z, x (B, C, H, W): the pairs, x is where the teacher takes z; b: beta, in [0, 1]; labels (B,) or None.
     """
     # z_beta = sqrt(1 - beta^2) z + beta z'
     z_beta = math.sqrt(1 - b**2) * z + b * torch.randn_like(z)

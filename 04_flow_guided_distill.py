@@ -40,27 +40,24 @@ from common import (EPS, OWN_PAIRS, Trainer, UNet, UserError, download, load, lo
                     require, run, samples, save_grid, save_network, say, start)
 
 SETTINGS = [
-    # name          shapes     cifar10_quick  cifar10   ffhq64    imagenet64
-    ("distance",   "l2",      "lpips",       "lpips",  "lpips",  "lpips",    "D: l2, huber or lpips"),
-    ("guidance",   1.0,       1.0,           1.0,      1.0,      1.0,        "weight of L_2step; 0: without"),
-    ("t_low",      0.2,       0.2,           0.2,      0.2,      0.2, "t from here. official code: 0.2"),
-    ("t_high",     0.8,       0.8,           0.8,      0.8,      0.8,        "t to here. official code: 0.8"),
+    # name         shapes     cifar10_quick  cifar10   ffhq64    imagenet64
+    ("distance",   "l2",      "lpips",       "lpips",  "lpips",  "lpips",  "D: l2, huber or lpips"),
+    ("guidance",   1.0,       1.0,           1.0,      1.0,      1.0,      "weight of L_2step, or 0"),
+    ("t_low",      0.2,       0.2,           0.2,      0.2,      0.2,      "t from here. official code: 0.2"),
+    ("t_high",     0.8,       0.8,           0.8,      0.8,      0.8,      "t to here. official code: 0.8"),
     # `shapes` learns from the pairs that are there already; the paper's best students from the flow's own.
-    ("pairs_from", "teacher", "flow",        "flow",   "flow",   "flow",
-     "teacher: stage 02's pairs; flow: its own"),
-    ("n_pairs",    2048,      50_000,        50_000,   50_000,   200_000,
-     "own pairs, with --pairs_from flow"),
-    ("pair_steps", 16,        25,            100,      100,      100,
-     "Euler steps of each. ours; paper: RK45"),
+    ("pairs_from", "teacher", "flow",        "flow",   "flow",   "flow",   "teacher (02) or flow (own)"),
+    ("n_pairs",    2048,      50_000,        50_000,   50_000,   200_000,  "own pairs to make"),
+    ("pair_steps", 16,        25,            100,      100,      100,      "Euler steps. paper: RK45"),
     # Training.
-    ("start_from", "flow",    "flow",        "flow",   "flow",   "flow", "first weights: flow or scratch"),
-    ("steps",      950,       15_000,        400_000,  400_000,  400_000,    "optimiser steps"),
-    ("batch",      32,        128,           128,      128,      128, "pairs per step, and fresh noises"),
-    ("lr",         1.5e-3,    2e-4,          2e-4,     2e-4,     2e-4,       "learning rate"),
-    ("warmup",     0,         0,             0,        0,        0,          "steps in which lr rises"),
-    ("cooldown",   1.0,       0.5,           0.0,      0.0,      0.0,        "share in which lr falls"),
-    ("ema",        0.995,     0.9995,        0.999999, 0.999999, 0.999999,   "decay of averaged weights"),
-    ("precision",  "auto",    "auto",        "auto",   "auto",   "auto",     "fp32, bf16 or auto"),
+    ("start_from", "flow",    "flow",        "flow",   "flow",   "flow",   "first weights: flow or scratch"),
+    ("steps",      950,       15_000,        400_000,  400_000,  400_000,  "optimiser steps"),
+    ("batch",      32,        128,           128,      128,      128,      "pairs, and new noises"),
+    ("lr",         1.5e-3,    2e-4,          2e-4,     2e-4,     2e-4,     "learning rate"),
+    ("warmup",     0,         0,             0,        0,        0,        "steps while lr rises"),
+    ("cooldown",   1.0,       0.5,           0.0,      0.0,      0.0,      "share while lr falls"),
+    ("ema",        0.995,     0.9995,        0.999999, 0.999999, 0.999999, "decay of the averaged weights"),
+    ("precision",  "auto",    "auto",        "auto",   "auto",   "auto",   "fp32, bf16 or auto"),
 ]
 
 

@@ -22,9 +22,8 @@ def settings(name, **more):
 
 
 def colours_of(path):
-    """The colours of at least 20 pixels of a picture."""
     found = Image.open(path).convert("RGB").getcolors(1 << 20)
-    return {"#{:02x}{:02x}{:02x}".format(*colour) for n, colour in found if n >= 20}
+    return {"#{:02x}{:02x}{:02x}".format(*colour) for n, colour in found if n >= 20}  # pixels
 
 
 def test_plain_and_other_networks_are_the_same_function_and_measured(monkeypatch):
@@ -81,7 +80,6 @@ def test_every_claim_names_a_variant_and_every_run_is_known_by_all_its_settings(
     cfg.runs, reflow = cfg.folder, ablations.reflow_of()
     before = reflow.folder(cfg, 0)
     assert before == ablations.reflow_of(anneal_steps=180, base=16).folder(cfg, 0)  # as the preset has it
-    assert before != ablations.reflow_of(base=24).folder(cfg, 0)
     rows = [("lr", *[1e-3] * 5, "") if row[0] == "lr" else row for row in load_script("01").SETTINGS]
     monkeypatch.setattr(ablations.STAGES["01"], "SETTINGS", rows)  # of the run before the run before
     assert reflow.folder(cfg, 0) != before
@@ -89,11 +87,11 @@ def test_every_claim_names_a_variant_and_every_run_is_known_by_all_its_settings(
 
 
 def test_runs_that_are_done_are_not_made_again_and_parents_come_first(tmp_path, monkeypatch):
-    ablations, ran, subprocess_run, results = load_script("ablations"), [], subprocess.run, tmp_path / "results"
+    ablations, results, ran, really_run = load_script("ablations"), tmp_path / "results", [], subprocess.run
 
     def pretend(command, **more):
         if command[0] == "git":
-            return subprocess_run(command, **more)
+            return really_run(command, **more)
         number, seed, out = command[1].name[:2], command[command.index("--seed") + 1], command[-3]
         ran.append((number, seed))
         for parent in {"02": ("01",), "03": ("02",), "04": ("02", "03")}.get(number, ()):
@@ -116,7 +114,6 @@ def test_runs_that_are_done_are_not_made_again_and_parents_come_first(tmp_path, 
         assert len(ran) == 12 + 12 and {seed for number, seed in ran if number == "05"} == {"0"}
     saved = json.loads((results / "distillation.json").read_text())
     assert len(saved["measured"]) == 12 and len(saved["made"]) == 2 * (3 + 6 + 6)
-    assert "guidance helps: scratch" in (results / "distillation.md").read_text()
 
 
 def test_a_straight_path_has_no_deviation_and_a_bent_one_has():
@@ -150,14 +147,13 @@ def test_the_exported_student_is_eulers_method(tmp_path, classes):
 
 
 def test_real_images_are_compared_by_their_own_classifier(tmp_path, monkeypatch):
-    """With generators that are known: some images of the set, or noise, in place of what the stages make."""
     real, (images, attributes) = load_script("real_images"), common.draw_shapes(400, 32)
 
     def write(path, image):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
 
-    def pretend(runs, cfg):
+    def pretend(runs, cfg):  # the teacher makes some images of the set, the others noise
         for run, key in real.networks(cfg).values():
             assert "'preset': 'cifar10_quick'" in run.depends_on(cfg)  # read_settings takes its arguments
             for i in range(cfg.n_samples):

@@ -10,9 +10,8 @@ from conftest import load_script
 
 NETWORKS = [dict(image_size=32, base=32, mult=(1, 2, 2), blocks=2),
             dict(image_size=32, base=8, mult=(1, 1, 2), blocks=1),
-            dict(image_size=64, base=8, mult=(1, 1, 2), blocks=1),
             dict(image_size=16, base=8, mult=(2,), blocks=2),
-            dict(image_size=32, base=8, mult=(1, 2, 1), blocks=3),
+            dict(image_size=64, base=8, mult=(1, 2, 1), blocks=3),
             dict(image_size=16, base=8, mult=(1, 2), blocks=1, classes=4)]
 
 
@@ -101,7 +100,6 @@ def test_an_edm_network_makes_pairs_with_its_own_sampler(tmp_path):
     torch.testing.assert_close(pairs["x"].float(), s.edm_heun(by_edm, z.float(), 3), atol=1e-2, rtol=1e-3)
     call("03", tmp_path, steps=1, batch=2, base=8, blocks=1)  # reads them
     assert "edm.pt" in common.read(tmp_path / "cifar10/03_reflow.pt")["made_from"]
-    call("import", tmp_path, **edm, sample_steps=3)  # nothing left to do
     assert "steps was 3, is 4" in refused(tmp_path, **edm, sample_steps=4)
     assert "is a teacher, not 04_student" in refused(tmp_path, **edm, to="04_student")
 
@@ -123,12 +121,10 @@ def test_edm_sampler_follows_the_exact_path_of_a_gaussian():
     expected = z * 80 * s / math.sqrt(s**2 + 80**2)
     errors = [(edm_heun(network, z, steps) - expected).abs().max() for steps in (100, 200)]
     assert errors[1] < 1e-3 and 3 < errors[0] / errors[1] < 5  # of second order
-    assert edm_heun(network, z, 1).shape == z.shape
 
 
-@pytest.mark.parametrize("kind, key", [
-    ("ncsnpp", "all_modules.9.Conv_0.bias"), ("ncsnpp", "all_modules.9.Conv_0.weight"),
-    ("ncsnpp", "all_modules.22.weight"), ("songunet", "enc.16x16_block0.qkv.bias")])
+@pytest.mark.parametrize("kind, key", [("ncsnpp", "all_modules.9.Conv_0.weight"),
+                                       ("ncsnpp", "all_modules.22.weight"), ("songunet", "dec.8x8_in0.qkv.bias")])
 def test_incomplete_state_dicts_are_refused_with_the_names_of_the_entries(kind, key):
     s, net = load_script("import"), random_network(**NETWORKS[1])
     good, read = s.export(net, getattr(s, f"{kind}_layout")(net)), getattr(s, f"from_{kind}")
