@@ -105,7 +105,8 @@ def require_same_run(path, then, now):
 def run(main, table, doc, argv=None):
     """Calls main(settings). What the user can mend ends in one line and exit code 1, without a traceback."""
     try:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # the same as Ctrl-C
+        if WORLD == 1:
+            signal.signal(signal.SIGTERM, signal.default_int_handler)  # the same as Ctrl-C
         main(read_settings(table, doc, argv))
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -133,6 +134,7 @@ def start(cfg, name):
         raise UserError(f"--device {cfg.device} cannot be used: {str(error).splitlines()[0]}") from error
     if getattr(cfg, "precision", "") == "auto":
         cfg.precision = "bf16" if has_bf16 else "fp32"
+    require(getattr(cfg, "precision", "fp32") in ("fp32", "bf16"), f"--precision {cfg.precision}: fp32, bf16 or auto")
     torch.manual_seed(cfg.seed)  # the networks' first weights
     say(f"{name} | {device} x {WORLD}, {torch.get_num_threads()} threads | torch {torch.__version__}")
     say("settings | " + " ".join(f"{key}={value}" for key, value in settings_of(cfg).items()))
@@ -192,7 +194,7 @@ def read(path):
             require(archive.testzip() is None, "a checksum is wrong")
         return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
     except Exception as error:  # a damaged zip can fail in a dozen ways
-        raise UserError(f"{path} is damaged or not one of ours ({str(error)[:60]!r})") from error
+        raise UserError(f"{path} is damaged or not one of ours ({str(error)[:60]!r}): delete it") from error
 
 
 def load(cfg, name):
@@ -222,8 +224,11 @@ def save_network(cfg, name, net, made_from):
 def load_network(cfg, name, device):
     """(UNet in eval mode, its artifact) from what save_network wrote. Raises UserError as load() does."""
     artifact = load(cfg, name)
-    net = UNet(**artifact["network"])
-    net.load_state_dict(artifact["weights"])
+    try:
+        net = UNet(**artifact["network"])
+        net.load_state_dict(artifact["weights"])
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise UserError(f"{cfg.folder / name} does not hold the network it describes: {str(error)[:80]!r}") from error
     return on_device(net, device, cfg.precision).eval(), artifact
 
 
