@@ -31,9 +31,9 @@ class Generator(torch.nn.Module):
 
 
 def main(cfg):
+    cfg.precision, path = "fp32", cfg.folder / "05_student.pt2"
     start(cfg, "export")
     require(cfg.steps, "--steps must be at least 1")
-    cfg.precision, path = "fp32", cfg.folder / "05_student.pt2"
     net, _ = load_network(cfg, "04_student.pt", torch.device("cpu"))
     z = torch.zeros(2, net.args["channels"], net.args["image_size"], net.args["image_size"])
     inputs = (z, labels_for(0, 2, net.args["classes"])) if net.args["classes"] else (z,)

@@ -86,7 +86,7 @@ def train_classifier(net, images, labels, steps, device):
 
 
 def main(cfg):
-    cfg.preset, cfg.seeds = "cifar10_quick", 1  # the preset where networks() says nothing else
+    cfg.preset, cfg.seeds, cfg.precision = "cifar10_quick", 1, "fp32"  # the last: of the classifier
     device = start(cfg, "real images")
 
     # 1. The stages, and their images.
