@@ -17,8 +17,8 @@ average image: one Euler step gives a blur. On the way fewer and fewer lines rem
 towards one image. So this teacher needs many steps. The later stages make the paths straight, in a smaller
 network.
 
-The loss begins at E |x - z|^2, for the network first answers 0: 1.6 for `shapes`. It does not go to 0,
-however good the network is, because the lines through x_t do differ from their average: about 0.12 remains.
+At first the network answers 0, so the loss begins at E |x - z|^2, which is 1.5 for `shapes`. It does not go
+to 0, however good the network is: the lines through x_t do differ from their average. About 0.12 remains.
 
 Reads   images: --data shapes (drawn by the program), cifar10 (downloaded), or the path of a folder or zip
 Writes  out/<preset>/01_teacher.pt, 01_samples.png; 01_state.pt, from which a run continues
@@ -32,24 +32,24 @@ from common import (EPS, Trainer, UNet, fingerprint, from_uint8, load_images, on
 SETTINGS = [
     # name          shapes     cifar10_quick  cifar10       ffhq64        imagenet64
     ("data",        "shapes",  "cifar10",     "cifar10",    "ffhq-64x64.zip",
-     "imagenet-64x64.zip", "shapes, cifar10, or a path of images"),
-    ("image_size",  16,        32,            32,           64,           64,         "pixels"),
-    ("conditional", False,     False,         False,        False,        True,       "use the class labels"),
-    ("flip",        True,      True,          True,         True,         False,      "mirror half of them"),
+     "imagenet-64x64.zip", "shapes, cifar10, or the path of images"),
+    ("image_size",  16,        32,            32,           64,           64,           "pixels"),
+    ("conditional", False,     False,         False,        False,        True,         "with class labels"),
+    ("flip",        True,      True,          True,         True,         False,        "mirror half"),
     # The network. (The paper's teachers are published networks; ImageNet's has 296M parameters, this 114M.)
-    ("base",        32,        128,           128,          128,          192,        "channels of level 1"),
-    ("mult",        (1, 1, 2), (1, 2, 2),     (1, 2, 2, 2), (1, 2, 2, 2), (1, 2, 2, 2), "of base"),
-    ("blocks",      1,         2,             4,            4,            3,          "blocks per level"),
-    ("attn",        (8,),      (16,),         (16,),        (16,),        (16,),      "sizes with attention"),
-    ("dropout",     0.0,       0.1,           0.15,         0.15,         0.1,        "probability"),
+    ("base",        32,        128,           128,          128,          192,          "channels, level 1"),
+    ("mult",        (1, 1, 2), (1, 2, 2),     (1, 2, 2, 2), (1, 2, 2, 2), (1, 2, 2, 2), "levels, x base"),
+    ("blocks",      1,         2,             4,            4,            3,            "blocks per level"),
+    ("attn",        (8,),      (16,),         (16,),        (16,),        (16,),        "attention sizes"),
+    ("dropout",     0.0,       0.1,           0.15,         0.15,         0.1,          "probability"),
     # Training. (The paper trains no teacher. These are the steps that it gives stage 03.)
-    ("steps",       375,       30_000,        800_000,      800_000,      800_000,    "optimiser steps"),
-    ("batch",       64,        128,           128,          128,          128,        "images per step"),
-    ("lr",          8e-3,      2e-4,          2e-4,         2e-4,         2e-4,       "learning rate"),
-    ("warmup",      100,       1000,          5000,         5000,         5000,       "steps while lr rises"),
-    ("cooldown",    0.6,       0.3,           0.0,          0.0,          0.0,        "share while lr falls"),
-    ("ema",         0.999,     0.9995,        0.999999,     0.999999,     0.999999,   "decay of the average"),
-    ("precision",   "auto",    "auto",        "auto",       "auto",       "auto",     "fp32, bf16 or auto"),
+    ("steps",       375,       30_000,        800_000,      800_000,      800_000,      "optimiser steps"),
+    ("batch",       64,        128,           128,          128,          128,          "images per step"),
+    ("lr",          8e-3,      2e-4,          2e-4,         2e-4,         2e-4,         "learning rate"),
+    ("warmup",      100,       1000,          5000,         5000,         5000,         "while lr rises"),
+    ("cooldown",    0.6,       0.3,           0.0,          0.0,          0.0,          "share: lr falls"),
+    ("ema",         0.999,     0.9995,        0.999999,     0.999999,     0.999999,     "of the weights"),
+    ("precision",   "auto",    "auto",        "auto",       "auto",       "auto",       "fp32, bf16 or auto"),
 ]
 
 

@@ -1,14 +1,14 @@
 """Stage 02: let the teacher pair every noise with an image.
 
-The teacher's flow is an ordinary differential equation. Its velocity v(x, t) has a single value at each place
-and time, so two paths never cross (where they met, they would go on together), and each noise z leads to
-exactly one image x. Euler's method follows it in N small steps, which are N network calls:
+The teacher's flow is an ordinary differential equation. Its velocity v(x, t) has a single value at each
+place and time, so two paths never cross (where they met, they would go on together), and each noise z leads
+to exactly one image x. Euler's method follows it in N small steps, which are N network calls:
 
     dx/dt = v(x, t),  x = z at the start:        x <- x + v(x, t_i) / N,  t_i = EPS + (1 - EPS) i / N
 
 Such a couple (z, x) is a pair. In stage 01 noise and image were drawn independently of each other; here they
-belong together, and this is what stages 03 and 04 learn from. As the paths do not cross, the straight lines
-between their ends cross far less often than lines between random ends.
+belong together, and this is what stages 03 and 04 learn from. The paths do not cross, and bend little: so
+the straight lines between their ends cross far less often than lines between random ends.
 
 Pair i has the noise noise_for(seed, i). It is rounded to float16, as it is stored, before it is followed: so
 the stored noise leads to the stored image.
@@ -29,11 +29,10 @@ from common import (PAIRS, RANK, WORLD, euler, fingerprint, labels_for, load, lo
                     require, require_same_run, run, save, save_grid, say, settings_of, start, wait_for_all)
 
 SETTINGS = [
-    # name            shapes  cifar10_quick  cifar10  ffhq64  imagenet64
+    # name           shapes  cifar10_quick  cifar10  ffhq64  imagenet64
     ("n_pairs",      2048,   50_000,        50_000,  50_000, 200_000, "pairs to make. paper: 50,000 or more"),
-    ("sample_steps", 16,     50,            100,     100,    100,
-     "Euler steps. paper: RK45 (adaptive), 127 calls"),
-    ("precision",    "auto", "auto",        "fp32",  "fp32", "fp32", "of the network: fp32, bf16 or auto"),
+    ("sample_steps", 16,     50,            100,     100,    100,     "Euler steps. paper: RK45, adaptive"),
+    ("precision",    "auto", "auto",        "fp32",  "fp32", "fp32",  "of the network: fp32, bf16 or auto"),
 ]
 BATCH = 128  # ours: pairs per network call
 

@@ -2,8 +2,8 @@
 
 "Reflow" is stage 01's regression on pairs instead of random couples. The lines between the ends of a pair
 hardly cross, so there is little left to average, and the paths that are learned are nearly straight: a
-2-rectified flow (the teacher is the 1-rectified one). One Euler step of it gives an image where one of the
-teacher gave a blur.
+2-rectified flow (the teacher is the 1-rectified one). On a straight path the velocity is constant, and one
+Euler step arrives: where the teacher gave a blur, it gives an image.
 
 Usually such a flow starts from the teacher's weights. Those do not fit into a smaller network, and from
 random weights, says the paper, fixed pairs are hard to learn. So begin with an easier problem and change it
@@ -12,11 +12,12 @@ little by little into the right one. Each pair's noise is mixed with fresh noise
     z_beta = sqrt(1 - beta^2) z + beta z'        z' ~ N(0, I), new in every step
     L = E || v(x_t, t) - (x - z_beta) ||^2       x_t = t x + (1 - t) z_beta           (paper, Eq. 9)
 
-At beta = 1 the noise has nothing to do with the image: this is stage 01, with the teacher's images as data.
-At beta = 0 it is reflow. beta falls from 1 to 0. The squares of the two weights add up to 1, so z_beta has
-variance 1 for every beta, and the network always meets N(0, I) at t = 0, as it will when it makes images.
+At beta = 1 the noise has nothing to do with the image. This is stage 01 with the teacher's images as data:
+easy, but its paths are bent. At beta = 0 it is reflow: straight, but hard from random weights. beta falls
+from 1 to 0. The squares of the two weights add up to 1, so z_beta has variance 1 for every beta (z and z'
+are independent), and the network always meets N(0, I) at t = 0, as it will when it makes images.
 
-The loss begins as in stage 01, near 1.6, falls below 0.1 while beta falls, and ends at about 0.02 for
+The loss begins as in stage 01, near 1.5, falls below 0.1 while beta falls, and ends at about 0.02 for
 `shapes`: much lower than the teacher's, because far fewer lines meet. (On `shapes` annealing gains nothing
 that could be measured; the paper's gain is on CIFAR-10 after 800,000 steps.)
 
@@ -33,28 +34,28 @@ from common import (EPS, Trainer, UNet, UserError, load, on_device, require, run
 
 SETTINGS = [
     # name           shapes     cifar10_quick  cifar10    ffhq64     imagenet64
-    ("schedule",     "linear",  "linear",      "linear",  "linear",  "linear",  "of beta, see beta()"),
-    ("anneal_steps", 400,       15_000,        300_000,   300_000,   300_000,   "K, steps of annealing"),
-    ("flip",         True,      True,          True,      True,      False,     "mirror half of the pairs"),
+    ("schedule",     "linear",  "linear",      "linear",  "linear",  "linear",   "of beta, see beta()"),
+    ("anneal_steps", 400,       15_000,        300_000,   300_000,   300_000,    "K, steps of annealing"),
+    ("flip",         True,      True,          True,      True,      False,      "mirror half of the pairs"),
     # The small network: 0.3M, 7.0M, 15.7M, 15.7M, 80.6M parameters. (Paper, ImageNet: 80.7M, not this kind.)
-    ("base",         16,        64,            96,        96,        192,       "channels of level 1"),
-    ("mult",         (1, 2, 2), (1, 2, 2),     (1, 2, 2), (1, 2, 2), (1, 2, 2), "of each level, times base"),
-    ("blocks",       1,         2,             2,         2,         3,         "residual blocks per level"),
-    ("attn",         (8,),      (16,),         (16,),     (16,),     (16,),     "image sizes with attention"),
-    ("dropout",      0.0,       0.0,           0.15,      0.15,      0.13,      "probability"),
+    ("base",         16,        64,            96,        96,        192,        "channels of level 1"),
+    ("mult",         (1, 2, 2), (1, 2, 2),     (1, 2, 2), (1, 2, 2), (1, 2, 2),  "of each level, times base"),
+    ("blocks",       1,         2,             2,         2,         3,          "residual blocks per level"),
+    ("attn",         (8,),      (16,),         (16,),     (16,),     (16,),      "sizes with attention"),
+    ("dropout",      0.0,       0.0,           0.15,      0.15,      0.13,       "probability"),
     # Training.
-    ("steps",        1100,      40_000,        800_000,   800_000,   800_000,   "optimiser steps"),
-    ("batch",        64,        128,           128,       128,       128,       "pairs per step"),
-    ("lr",           8e-3,      2e-4,          2e-4,      2e-4,      2e-4,      "learning rate"),
-    ("warmup",       100,       1000,          5000,      5000,      5000,      "steps while lr rises"),
-    ("cooldown",     0.6,       0.3,           0.0,       0.0,       0.0,       "share while lr falls"),
-    ("ema",          0.999,     0.9995,        0.999999,  0.999999,  0.999999,  "decay of averaged weights"),
-    ("precision",    "auto",    "auto",        "auto",    "auto",    "auto",    "fp32, bf16 or auto"),
+    ("steps",        1100,      40_000,        800_000,   800_000,   800_000,    "optimiser steps"),
+    ("batch",        64,        128,           128,       128,       128,        "pairs per step"),
+    ("lr",           8e-3,      2e-4,          2e-4,      2e-4,      2e-4,       "learning rate"),
+    ("warmup",       100,       1000,          5000,      5000,      5000,       "steps while lr rises"),
+    ("cooldown",     0.6,       0.3,           0.0,       0.0,       0.0,        "share while lr falls"),
+    ("ema",          0.999,     0.9995,        0.999999,  0.999999,  0.999999,   "decay of averaged weights"),
+    ("precision",    "auto",    "auto",        "auto",    "auto",    "auto",     "fp32, bf16 or auto"),
 ]
 
 
 def beta(step, cfg):
-    """The weight of fresh noise at a step (0, 1, ...): 1 at first; 0 from step K on (exponential: 1/e)."""
+    """The weight of fresh noise at a step (0, 1, ...): falls from 1 to 0 at K (exponential: 1/e at K)."""
     if cfg.schedule == "none":  # plain reflow, the paper's baseline
         return 0.0
     require(cfg.anneal_steps, "--anneal_steps must be at least 1; --schedule none goes without annealing")

@@ -14,9 +14,8 @@ Why is the target better than the jump that is compared with it? The jump must g
 noise. The target goes only part of the way on that guess; then the flow looks at x_t, where the image
 already shows, and corrects the rest of the way. So the student is pulled towards what its own first step
 becomes after a second look. No gradient goes through the target: otherwise the loss could fall by making the
-target as bad as the jump. (Consistency models use the same trick: the jump from one time is matched to the
-jump from a later time, when more of the image shows, and no gradient goes through the latter. They jump twice
-with one network; here a trained flow goes the rest of the way.)
+target as bad as the jump. (Consistency models use the same trick, with one network for both jumps: the one
+from later, when more of the image shows, is the target.)
 
 D is a distance of images: squared L2; pseudo-Huber; or LPIPS, which compares what a network for photographs
 sees in them. The loss of `shapes` begins near 0.02, because the student is already an almost straight flow,
@@ -41,23 +40,23 @@ from common import (EPS, OWN_PAIRS, Trainer, UNet, UserError, download, load, lo
 
 SETTINGS = [
     # name         shapes     cifar10_quick  cifar10   ffhq64    imagenet64
-    ("distance",   "l2",      "lpips",       "lpips",  "lpips",  "lpips",  "D: l2, huber or lpips"),
-    ("guidance",   1.0,       1.0,           1.0,      1.0,      1.0,      "weight of L_2step, or 0"),
-    ("t_low",      0.2,       0.2,           0.2,      0.2,      0.2,      "t from here. official code: 0.2"),
-    ("t_high",     0.8,       0.8,           0.8,      0.8,      0.8,      "t to here. official code: 0.8"),
+    ("distance",   "l2",      "lpips",       "lpips",  "lpips",  "lpips",    "D: l2, huber or lpips"),
+    ("guidance",   1.0,       1.0,           1.0,      1.0,      1.0,        "weight of L_2step; 0: off"),
+    ("t_low",      0.2,       0.2,           0.2,      0.2,      0.2,        "official code: t from 0.2"),
+    ("t_high",     0.8,       0.8,           0.8,      0.8,      0.8,        "official code: t to 0.8"),
     # `shapes` learns from the pairs that are there already; the paper's best students from the flow's own.
-    ("pairs_from", "teacher", "flow",        "flow",   "flow",   "flow",   "teacher (02) or flow (own)"),
-    ("n_pairs",    2048,      50_000,        50_000,   50_000,   200_000,  "own pairs to make"),
-    ("pair_steps", 16,        25,            100,      100,      100,      "Euler steps. paper: RK45"),
+    ("pairs_from", "teacher", "flow",        "flow",   "flow",   "flow",     "teacher (02) or flow (own)"),
+    ("n_pairs",    2048,      50_000,        50_000,   50_000,   200_000,    "own pairs to make"),
+    ("pair_steps", 16,        25,            100,      100,      100,        "Euler steps. paper: RK45"),
     # Training.
-    ("start_from", "flow",    "flow",        "flow",   "flow",   "flow",   "first weights: flow or scratch"),
-    ("steps",      950,       15_000,        400_000,  400_000,  400_000,  "optimiser steps"),
-    ("batch",      32,        128,           128,      128,      128,      "pairs, and new noises"),
-    ("lr",         1.5e-3,    2e-4,          2e-4,     2e-4,     2e-4,     "learning rate"),
-    ("warmup",     0,         0,             0,        0,        0,        "steps while lr rises"),
-    ("cooldown",   1.0,       0.5,           0.0,      0.0,      0.0,      "share while lr falls"),
-    ("ema",        0.995,     0.9995,        0.999999, 0.999999, 0.999999, "decay of the averaged weights"),
-    ("precision",  "auto",    "auto",        "auto",   "auto",   "auto",   "fp32, bf16 or auto"),
+    ("start_from", "flow",    "flow",        "flow",   "flow",   "flow",     "flow or scratch"),
+    ("steps",      950,       15_000,        400_000,  400_000,  400_000,    "optimiser steps"),
+    ("batch",      32,        128,           128,      128,      128,        "pairs, and new noises"),
+    ("lr",         1.5e-3,    2e-4,          2e-4,     2e-4,     2e-4,       "learning rate"),
+    ("warmup",     0,         0,             0,        0,        0,          "steps while lr rises"),
+    ("cooldown",   1.0,       0.5,           0.0,      0.0,      0.0,        "share while lr falls"),
+    ("ema",        0.995,     0.9995,        0.999999, 0.999999, 0.999999,   "decay of the averaged weights"),
+    ("precision",  "auto",    "auto",        "auto",   "auto",   "auto",     "fp32, bf16 or auto"),
 ]
 
 
@@ -90,7 +89,7 @@ def guided_loss(velocity, flow, z, distance, labels=None, t_low=0.2, t_high=0.8)
     """E D( z + v'(z, EPS), x_t + (1 - t) v(x_t, t) ) on fresh noise: a scalar. Paper, Eqs. 11-13.
 
     velocity = v'(z, EPS), the student's first step, and z: (B, C, H, W); flow: v, which is not trained.
-    Paper, Eq. 12, takes v for the first step too; v' is there already and, says the paper, better.
+    Eq. 12 has v in x_t, too. We use v', which is there already and, says the paper, better.
     """
     with torch.no_grad():
         # t ~ U[t_low, t_high]
@@ -131,7 +130,7 @@ def main(cfg):
         make_pairs(cfg, "04_pairs.pt", flow, artifact["lineage"], cfg.n_pairs, cfg.pair_steps, OWN_PAIRS)
     require(cfg.pairs_from in ("flow", "teacher"), f"--pairs_from {cfg.pairs_from}: choose teacher or flow")
     pairs = load(cfg, "04_pairs.pt" if cfg.pairs_from == "flow" else "02_pairs.pt")
-    made_from = {**pairs["lineage"], **artifact["lineage"]}
+    made_from = {**artifact["lineage"], **pairs["lineage"]}
     flow.requires_grad_(False)
     say(f"pairs | {len(pairs['x']):,} of the {cfg.pairs_from}'s")
 

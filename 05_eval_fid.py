@@ -6,18 +6,15 @@ Frechet distance; Heusel et al. 2017, 1706.08500):
 
     d = |m1 - m2|^2 + tr( S1 + S2 - 2 (S1 S2)^(1/2) )
 
-If F is the Inception network of 2015 with its published weights, this is FID, and nothing else is called so.
-For `shapes` F is a small classifier of drawings: its distance is FD-shapes, and compares with nothing but
-itself.
+If F is the Inception network of 2015 with its published weights, this is FID. The resize, the rounding and
+the number of images change it, so they stand beside it. For `shapes` F is a small classifier of drawings:
+its distance is FD-shapes, comparable with nothing but itself. All networks are judged by images made from
+the same noises, which nothing was trained on. --images SET --reference SET measures any images. --png N only
+writes images, as files.
 
-All networks are judged by images made from the same noises, which nothing was trained on. --images SET
---reference SET measures any images, without our networks. --png N only writes images, as files.
-
-Reads   out/<preset>/01_teacher.pt, 03_reflow.pt, 04_student.pt; the teacher's data; Inception's weights for
-        FID
+Reads   out/<preset>/01_teacher.pt, 03_reflow.pt, 04_student.pt; the teacher's data; Inception's weights
 Writes  out/<preset>/05_results.md, 05_results.json, 05_samples.png; with --only NAME 05_NAME.*, with
-        --images 05_images.*; with --png 05_NAME_images/000000.png ...; 05_reference_<key>.pt, statistics
-        that are kept
+        --images 05_images.*; with --png 05_NAME_images/000000.png ...
 Takes   shapes: 20 s on 2 CPU cores (AMD EPYC, torch 2.13, bf16)
 """
 import json
@@ -34,8 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from common import (COLOURS, EVALUATION, RANK, SHAPES, WORLD, Attention, UserError, download, draw_shapes,
                     euler, fingerprint, from_uint8, labels_for, load, load_images, load_network, noise_for,
-                    read, require, run, samples, save, save_grid, say, start, to_uint8, wait_for_all,
-                    writing)
+                    read, require, run, samples, save_grid, say, start, to_uint8, wait_for_all, writing)
 
 SETTINGS = [
     # name            shapes       cifar10_quick  cifar10     ffhq64      imagenet64
@@ -86,9 +82,8 @@ def gaussian(batches, dimensions):
         n += len(features)
         total += features.sum(0)
         outer += features.T @ features
-    for tensor in (n, total, outer):
-        if WORLD > 1:
-            dist.all_reduce(tensor)
+    for tensor in (n, total, outer) if WORLD > 1 else ():
+        dist.all_reduce(tensor)
     mu = total / n
     return mu, (outer - n * torch.outer(mu, mu)) / (n - 1).clamp(min=1)
 
@@ -162,9 +157,8 @@ def table(rows, metric):
     lines = [f"| network | parameters | MACs | calls | ms per image | {metric} |", "|---|" + "---:|" * 5]
     for row in rows:
         cells = [row["network"]]
-        for key, form in (("parameters", "{:,}"), ("macs", "{:,}"), ("calls", "{}"), ("ms", "{:.2f}"),
-                          ("distance", "{:.3f}")):
-            cells.append("-" if row[key] is None else form.format(row[key]))
+        for key, form in zip(("parameters", "macs", "calls", "ms", "distance"), (",", ",", "", ".2f", ".3f")):
+            cells.append("-" if row[key] is None else format(row[key], form))
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
@@ -174,14 +168,13 @@ def main(cfg):
     for name, choices in (("only", "all teacher flow student"), ("metric", "fd_shapes fid none"),
                           ("resize", "tf1 pytorch_fid"), ("rounding", "round truncate")):
         require(getattr(cfg, name) in choices.split(), f"--{name} {getattr(cfg, name)}: choose of {choices}")
-    require(cfg.n_samples > 1 and cfg.teacher_steps and cfg.flow_steps and cfg.student_steps,
-            "--n_samples must be at least 2, and the steps at least 1")
+    at_least = min(cfg.n_samples - 1, cfg.teacher_steps, cfg.flow_steps, cfg.student_steps)
+    require(at_least >= 1, "--n_samples must be at least 2, and the steps at least 1")
     require(not cfg.images or cfg.reference and not cfg.png, "--images needs --reference, and takes no --png")
 
     # 1. The networks. With --png they write images, and that is all.
     networks, size = [], None  # (name, net, calls)
-    files = {"teacher": "01_teacher.pt", "flow": "03_reflow.pt", "student": "04_student.pt"}
-    for key, file in files.items():
+    for key, file in (("teacher", "01_teacher.pt"), ("flow", "03_reflow.pt"), ("student", "04_student.pt")):
         if cfg.only in ("all", key) and not cfg.images:
             net, _ = load_network(cfg, file, device)
             size, steps = net.args["image_size"], getattr(cfg, f"{key}_steps")
@@ -222,17 +215,12 @@ def main(cfg):
                 f"features of {metric}, which makes the distance too large. Take more, or --allow_few")
         protocol |= {"metric": metric, "judge": judge, "resize": cfg.resize if metric == "FID" else None}
         if real is None:
-            reference = read_statistics(source)
-            require(len(reference["mu"]) == dimensions, f"{source} does not have {dimensions} features")
+            mu, sigma = read_statistics(source)
+            require(len(mu) == dimensions, f"{source} does not have {dimensions} features")
         else:
-            protocol |= {"n_reference": len(real), "reference_id": fingerprint(real)}
-            kept = cfg.folder / f"05_reference_{protocol['reference_id']}_{judge[:8]}_{cfg.resize}.pt"
-            if kept.exists() and not cfg.restart:
-                reference = read(kept)
-            else:
-                reference = dict(zip(("mu", "sigma"), gaussian_of(real[share(len(real))])))
-                if RANK == 0:
-                    save(kept, **reference)
+            mu, sigma = gaussian_of(real[share(len(real))])
+            protocol["n_reference"] = len(real)
+        protocol["reference_id"] = fingerprint(mu, sigma)
 
     # 4. A row of the table for each set of images.
     rows, pictures = [], {}
@@ -249,7 +237,7 @@ def main(cfg):
                     "parameters": sum(p.numel() for p in net.parameters())}
             pictures[f"{name}, calls: {calls}"] = samples(net, cfg.seed, 12, calls)
         if cfg.metric != "none":
-            row["distance"] = frechet_distance(*gaussian_of(images), reference["mu"], reference["sigma"])
+            row["distance"] = frechet_distance(*gaussian_of(images), mu, sigma)
             say(f"measured | {name}, calls: {calls} | {metric} {row['distance']:.3f}")
         rows.append(row)
 
@@ -257,8 +245,7 @@ def main(cfg):
     if RANK == 0:
         name = "images" if cfg.images else "results" if cfg.only == "all" else cfg.only
         stem = cfg.folder / f"05_{name}"
-        conditions = ", ".join(f"{key} {protocol[key]}" for key in protocol)
-        lines = [*table(rows, protocol["metric"]), "", conditions]
+        lines = [*table(rows, protocol["metric"]), "", ", ".join(f"{k} {protocol[k]}" for k in protocol)]
         with writing(f"{stem}.md") as file:
             file.write("\n".join([*lines, ""]).encode())
         with writing(f"{stem}.json") as file:
@@ -269,10 +256,10 @@ def main(cfg):
 
 
 def read_statistics(path):
-    """{"mu": (D,), "sigma": (D, D)} from an .npz, as EDM publishes them. Raises UserError."""
+    """mu (D,) and sigma (D, D) from an .npz, as EDM publishes them. Raises UserError."""
     try:
         content = np.load(path, allow_pickle=False)
-        return {key: torch.from_numpy(content[key]).double() for key in ("mu", "sigma")}
+        return torch.from_numpy(content["mu"]).double(), torch.from_numpy(content["sigma"]).double()
     except Exception as error:  # a damaged file can fail in many ways
         raise UserError(f"{path} is no .npz with mu and sigma that can be read: {error}") from error
 
@@ -302,7 +289,7 @@ class Conv(nn.Module):
 class Mixed(nn.Module):
     """Several chains of convolutions side by side, and a pooling branch, concatenated.
 
-    chains  {name: [(channels, kernel), ...]}; a list as the last entry forks, and both ends are concatenated
+    chains  {name: [(channels, kernel), ...]}; a list as the last entry forks into two ends, _a and _b
     pool    "avg" or "max", followed by a 1x1 convolution to c_pool channels; with stride 2: the pooling alone
     """
 
@@ -414,8 +401,7 @@ def inception_features(net, images_uint8, resize="tf1"):
 
 def load_inception(device):
     """Inception with the published weights, in eval mode. Raises UserError where they cannot be had."""
-    path = download(INCEPTION_URL, INCEPTION_SHA256, "go without: --metric none")
-    net = Inception()
+    path, net = download(INCEPTION_URL, INCEPTION_SHA256, "go without: --metric none"), Inception()
     net.load_state_dict(dict(torch.load(path, map_location="cpu", weights_only=True)))
     return net.to(device).eval()
 
@@ -425,8 +411,8 @@ def load_inception(device):
 class ShapeNet(nn.Module):
     """The judge of FD-shapes: a small classifier of drawings, which extras/train_judge.py has trained.
 
-    Maps images (B, 3, H, W) in [-1, 1] to features (B, 112), the mean of each channel of three layers, so
-    that edges count as well as shapes. head(features) (B, 9): the scores of 3 shapes and 6 colours.
+    Maps images (B, 3, H, W) to features (B, 112), the means of all channels of three layers, so that edges
+    count as well as shapes. head(features) (B, 9): the scores of 3 shapes and 6 colours.
     """
 
     def __init__(self):

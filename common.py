@@ -46,7 +46,7 @@ EPS = 1e-3  # official code: 0.001, inherited from diffusion models, which divid
 # Noise is numbered. Each use has numbers of its own: no image that is judged comes from a noise trained on.
 PAIRS, OWN_PAIRS, EVALUATION = 0, 10**9, 2 * 10**9
 # `torchrun --nproc_per_node=8 01_train_teacher.py` starts 8 processes, one for each GPU; else there is one.
-# They divide the batch among them. What a stage makes is the same, but for other random draws in training.
+# They divide the batch among them: its size stays, and only the random draws of training differ.
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -134,7 +134,7 @@ def start(cfg, name):
         raise UserError(f"--device {cfg.device} cannot be used: {str(error).splitlines()[0]}") from error
     if getattr(cfg, "precision", "") == "auto":
         cfg.precision = "bf16" if has_bf16 else "fp32"
-    require(getattr(cfg, "precision", "fp32") in ("fp32", "bf16"), f"--precision {cfg.precision}: fp32, bf16 or auto")
+    require(getattr(cfg, "precision", "fp32") in ("fp32", "bf16"), "--precision is fp32, bf16 or auto")
     torch.manual_seed(cfg.seed)  # the networks' first weights
     say(f"{name} | {device} x {WORLD}, {torch.get_num_threads()} threads | torch {torch.__version__}")
     say("settings | " + " ".join(f"{key}={value}" for key, value in settings_of(cfg).items()))
@@ -228,7 +228,7 @@ def load_network(cfg, name, device):
         net = UNet(**artifact["network"])
         net.load_state_dict(artifact["weights"])
     except (KeyError, TypeError, RuntimeError) as error:
-        raise UserError(f"{cfg.folder / name} does not hold the network it describes: {str(error)[:80]!r}") from error
+        raise UserError(f"{cfg.folder / name} is not the network it says: {str(error)[:80]!r}") from error
     return on_device(net, device, cfg.precision).eval(), artifact
 
 
@@ -268,7 +268,6 @@ def save_grid(path, rows, titles=None):
 # ------------------------------------------------------------------------------------------------------ data
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"  # 170 MB: the version without pickles
 CIFAR10_SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
-LARGEST_FILE = 100 * 2**20  # bytes. What is small in a zip may unpack to gigabytes
 SHAPES = ("circle", "square", "triangle")
 COLOURS = {"red": (230, 60, 50), "yellow": (235, 205, 60), "green": (70, 190, 80),
            "cyan": (70, 195, 215), "blue": (70, 100, 235), "magenta": (215, 80, 205)}
@@ -365,7 +364,7 @@ def read_files(path, image_size):
     require(names, f"{path} holds no PNG, JPEG or WebP images")
 
     def content(name):
-        require(files[name][0] <= LARGEST_FILE, f"it has more than {LARGEST_FILE:,} bytes")
+        require(files[name][0] < 10**8, "it has more than 100 MB")  # a small zip may unpack to gigabytes
         # The zip may lie about a size, and read() would unpack it all: read no more than it says.
         return archive.open(name).read(files[name][0] + 1) if archive else (path / name).read_bytes()
 
@@ -375,8 +374,8 @@ def read_files(path, image_size):
         try:
             given = dict(json.loads(content("dataset.json"))["labels"] or {})
             labels = [given.pop(name) for name in names] if given else None
-            require(not given, f"{list(given)[:1]} is not there")
-            require(all(type(label) is int and label >= 0 for label in labels or []), "labels are 0, 1, ...")
+            integers = all(type(label) is int and label >= 0 for label in labels or [])
+            require(integers and not given, f"{list(given)[:1] or 'a label that is not 0, 1, ...'}")
         except (KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
             raise UserError(f'{path}: dataset.json must be {{"labels": [["a/0.png", 3], ...]}} for all images'
                             f' or {{"labels": null}}; wrong is {error}') from error
@@ -501,10 +500,10 @@ class UNet(nn.Module):
         self.args = dict(image_size=image_size, channels=channels, base=base, mult=tuple(mult), blocks=blocks,
                          attn=tuple(attn), classes=classes, dropout=dropout)
         halvings = len(mult) - 1
-        require(base >= 4 and blocks >= 1 and min(mult) >= 1 and dropout < 1, "a network needs base >= 4, "
-                f"blocks >= 1, mult >= 1, dropout < 1, not {base}, {blocks}, {tuple(mult)}, {dropout}")
+        require(base >= 4 and blocks and min(mult) and dropout < 1,
+                "a network needs base >= 4, blocks >= 1, mult >= 1, dropout < 1")
         require(image_size and image_size % 2**halvings == 0, f"image_size {image_size} must be a multiple "
-                f"of {2**halvings}: mult {tuple(mult)} halves it {halvings} times")
+                f"of {2**halvings}, to be halved {halvings} times for mult {tuple(mult)}")
         c_emb = 4 * base
         self.time0, self.time1 = init_(nn.Linear(base, c_emb)), init_(nn.Linear(c_emb, c_emb))
         self.label = init_(nn.Linear(classes, base)) if classes else None
@@ -607,7 +606,7 @@ def ema_update(ema, net, decay, n):
     """theta' <- d theta' + (1 - d) theta,  d = min(decay, (1 + n) / (10 + n)),  n = updates with this one.
 
     The weights theta jitter from batch to batch. Their moving average theta' does not, and makes better
-    images. d is small at first, because the first weights are not worth remembering.
+    images. d rises with n, to forget the first weights; the paper's 0.999999 is out of reach (n = 9 million).
     """
     d = min(decay, (1 + n) / (10 + n))
     torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - d)
@@ -637,9 +636,8 @@ class Trainer:
         if self.path.exists() and not cfg.restart:
             state = read(self.path)
             require_same_run(self.path, state["run"], self.run)
-            self.trained.load_state_dict(state["weights"])
-            self.ema.load_state_dict(state["ema"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            for part, saved in ((self.trained, "weights"), (self.ema, "ema"), (self.optimizer, "optimizer")):
+                part.load_state_dict(state[saved])
             self.done = state["done"]
             say(f"{name} | continues after step {self.done} of {cfg.steps}, from {self.path}")
         self.net = nn.parallel.DistributedDataParallel(net) if WORLD > 1 else net  # averages their gradients

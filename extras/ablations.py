@@ -31,7 +31,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from common import read_settings, require, run, say, settings_of, writing
+from common import read_settings, require, run, say, settings_of, start, writing
 
 STAGES = {name[:2]: importlib.import_module(name) for name in (
     "01_train_teacher", "02_generate_pairs", "03_annealing_reflow", "04_flow_guided_distill", "05_eval_fid")}
@@ -368,6 +368,7 @@ def plot(path, grid, values):
 
 
 def main(cfg):
+    start(cfg, "ablations")
     require(cfg.preset == "shapes", f"--preset {cfg.preset}: the grids' budgets are made for shapes")
     require(cfg.seeds in T_QUANTILE, f"--seeds {cfg.seeds}: choose from 2 to 8")
     require(cfg.grid in ("all", *grids()), f"--grid {cfg.grid}: choose from all, {', '.join(grids())}")

@@ -86,20 +86,6 @@ def test_02_keeps_what_it_has_when_it_is_stopped_or_the_disk_is_full(finished, t
     assert not first.parent.exists()
 
 
-def test_05_keeps_the_features_of_its_reference(finished, tmp_path):
-    def distances(*flags):
-        call("05", tmp_path, *flags)
-        results = json.loads((tmp_path / "shapes/05_results.json").read_text())
-        return [row["distance"] for row in results["rows"]]
-
-    shutil.copytree(finished / "shapes", tmp_path / "shapes")
-    path, before = next((tmp_path / "shapes").glob("05_reference_*")), distances()
-    kept = common.read(path)
-    path.unlink()
-    common.save(path, mu=kept["mu"] + 1, sigma=kept["sigma"])
-    assert distances() != before and distances("--restart") == before
-
-
 def test_out_of_memory_is_one_line_with_a_remedy(tmp_path, monkeypatch):
     def no_memory(*given):
         raise torch.OutOfMemoryError("CUDA out of memory")
