@@ -87,7 +87,7 @@ def test_other_sizes_are_cropped_and_resized_and_photos_turned_upright(tmp_path)
 
 @pytest.mark.parametrize("labels, found", [
     ([["b.png", 3], ["a.png", 7]], [7, 3]), (None, None), ([["a.png", 0]], "b.png"), ([3], "must"),
-    ([["b.png", -1], ["a.png", 7]], "labels are"), ([["b.png", 0.5], ["a.png", 7]], "labels are"),
+    ([["b.png", -1], ["a.png", 7]], "a label that is not"), ([["b.png", 0.5], ["a.png", 7]], "a label that is not"),
     ([["b.png", 3], ["a.png", 7], ["gone.png", 1]], "gone.png")])
 def test_dataset_json_gives_the_labels_or_is_refused(tmp_path, labels, found):
     files = {"a.png": RED, "b.png": BLUE, "dataset.json": json.dumps({"labels": labels}).encode()}
@@ -116,7 +116,7 @@ def test_bad_sources_are_refused_and_nothing_is_kept(tmp_path, name, content, me
     assert not list(tmp_path.rglob("cache/*"))
 
 
-@pytest.mark.parametrize("size, message", [(800 * 10**6, "more than 104,857,600 bytes"), (1000, "")])
+@pytest.mark.parametrize("size, message", [(800 * 10**6, "more than 100 MB"), (1000, "")])
 def test_a_zip_that_unpacks_to_gigabytes_is_refused_without_using_memory(tmp_path, size, message):
     packer = zlib.compressobj(wbits=-15)
     packed = (packer.compress(bytes(2 * 10**6)) + packer.flush(zlib.Z_FULL_FLUSH)) * 400 + packer.flush()
