@@ -168,8 +168,8 @@ def main(cfg):
     for name, choices in (("only", "all teacher flow student"), ("metric", "fd_shapes fid none"),
                           ("resize", "tf1 pytorch_fid"), ("rounding", "round truncate")):
         require(getattr(cfg, name) in choices.split(), f"--{name} {getattr(cfg, name)}: choose of {choices}")
-    at_least = min(cfg.n_samples - 1, cfg.teacher_steps, cfg.flow_steps, cfg.student_steps)
-    require(at_least >= 1, "--n_samples must be at least 2, and the steps at least 1")
+    require(min(cfg.n_samples - 1, cfg.teacher_steps, cfg.flow_steps, cfg.student_steps) >= 1,
+            "--n_samples must be at least 2, and the steps at least 1")
     require(not cfg.images or cfg.reference and not cfg.png, "--images needs --reference, and takes no --png")
 
     # 1. The networks. With --png they write images, and that is all.
@@ -243,8 +243,7 @@ def main(cfg):
 
     # 5. The table, and a picture in which each column starts from one noise.
     if RANK == 0:
-        name = "images" if cfg.images else "results" if cfg.only == "all" else cfg.only
-        stem = cfg.folder / f"05_{name}"
+        stem = cfg.folder / f"05_{'images' if cfg.images else 'results' if cfg.only == 'all' else cfg.only}"
         lines = [*table(rows, protocol["metric"]), "", ", ".join(f"{k} {protocol[k]}" for k in protocol)]
         with writing(f"{stem}.md") as file:
             file.write("\n".join([*lines, ""]).encode())

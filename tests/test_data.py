@@ -87,7 +87,8 @@ def test_other_sizes_are_cropped_and_resized_and_photos_turned_upright(tmp_path)
 
 @pytest.mark.parametrize("labels, found", [
     ([["b.png", 3], ["a.png", 7]], [7, 3]), (None, None), ([["a.png", 0]], "b.png"), ([3], "must"),
-    ([["b.png", -1], ["a.png", 7]], "a label that is not"), ([["b.png", 0.5], ["a.png", 7]], "a label that is not"),
+    ([["b.png", -1], ["a.png", 7]], "a label that is not"),
+    ([["b.png", 0.5], ["a.png", 7]], "a label that is not"),
     ([["b.png", 3], ["a.png", 7], ["gone.png", 1]], "gone.png")])
 def test_dataset_json_gives_the_labels_or_is_refused(tmp_path, labels, found):
     files = {"a.png": RED, "b.png": BLUE, "dataset.json": json.dumps({"labels": labels}).encode()}

@@ -1,7 +1,7 @@
-"""README and docs: code lines and sizes are those of the code, and every command runs (with small networks, few steps).
+"""README and docs: code lines and sizes are those of the code, and every command runs (small and short).
 
-Left to others: the commands of .ci/run (all five stages, the tests, only sampling), and programs of extras that take
-minutes (test_extras.py).
+Left to others: the commands of .ci/run (all five stages, the tests, only sampling), and programs of extras
+that take minutes (test_extras.py).
 """
 import re
 import shlex
@@ -43,7 +43,8 @@ def test_quoted_code_lines_stand_in_the_scripts():
 
 
 def test_the_main_command_runs_every_script_in_order_and_ci_finds_both():
-    run, tests = (re.search(rf"<!-- {name} -->\n```sh\n(.*?)```", README, re.DOTALL)[1] for name in ("run", "tests"))
+    block = r"<!-- {} -->\n```sh\n(.*?)```"
+    run, tests = (re.search(block.format(name), README, re.DOTALL)[1] for name in ("run", "tests"))
     assert re.findall(r"(0\d_\w+)\.py", run) == list(NAMES.values())[:5] and "pytest" in tests
 
 
@@ -79,7 +80,7 @@ def commands():
 
 
 def test_every_command_runs(tmp_path, monkeypatch):
-    # What a user would have: images, their statistics, a published checkpoint. (CIFAR-10 itself is not downloaded.)
+    # What a user would have: images, their statistics, a published checkpoint. (CIFAR-10 is not downloaded.)
     (tmp_path / "theirs").mkdir()
     for i in range(8):
         pixels = np.random.default_rng(i).integers(0, 255, (32, 32, 3), np.uint8)
@@ -90,8 +91,8 @@ def test_every_command_runs(tmp_path, monkeypatch):
     importer, net = load_script("import"), random_network(**NETWORKS[1])
     torch.save(importer.export(net, importer.songunet_layout(net)), tmp_path / "edm.pt")
     # Three features in place of Inception's, which test_metrics.py has.
-    monkeypatch.setattr(load_script("05"), "feature_network",
-                        lambda cfg, device: (lambda images: images.double().mean((2, 3)), 3, "FID", "stand-in"))
+    stand_in = (lambda images: images.double().mean((2, 3)), 3, "FID", "stand-in")
+    monkeypatch.setattr(load_script("05"), "feature_network", lambda cfg, device: stand_in)
     monkeypatch.chdir(tmp_path)
     found = [(script, words) for script, words in commands() if NUMBERS.get(script) in SMALL]
     assert {NUMBERS[script] for script, _ in found} == set(SMALL) and len(found) > 25
