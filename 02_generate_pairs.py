@@ -60,8 +60,9 @@ def make_pairs(cfg, name, net, made_from, n, steps, first_index, sampler=euler):
     device, shape = net.conv_in.weight.device, (3, net.args["image_size"], net.args["image_size"])
     labels = labels_for(cfg.seed, n, net.args["classes"])
     files = {first: parts / f"{first:09}.pt" for first in range(0, n, BATCH)}
-    for part in [part for part in files.values() if part.exists()][:1]:
-        require_same_run(parts, read(part)["made"], made)
+    there = [part for part in files.values() if part.exists()]
+    if there:
+        require_same_run(parts, read(there[0])["made"], made)
     todo = [first for first in list(files)[RANK::WORLD] if not files[first].exists()]
     say(f"{n:,} pairs x {steps} steps | {len(files)} batches")
     began = said = time.time()

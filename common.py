@@ -130,7 +130,7 @@ def start(cfg, name):
             torch.backends.cudnn.allow_tf32 = False  # fp32 means float32
             has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         device = torch.zeros(1, device=device).device
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ValueError) as error:
         raise UserError(f"--device {cfg.device} cannot be used: {str(error).splitlines()[0]}") from error
     if getattr(cfg, "precision", "") == "auto":
         cfg.precision = "bf16" if has_bf16 else "fp32"
