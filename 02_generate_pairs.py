@@ -30,8 +30,8 @@ from common import (PAIRS, RANK, WORLD, euler, fingerprint, labels_for, load, lo
 
 SETTINGS = [
     # name           shapes  cifar10_quick  cifar10  ffhq64  imagenet64
-    ("n_pairs",      2048,   50_000,        50_000,  50_000, 200_000, "pairs to make. paper: 50,000 or more"),
-    ("sample_steps", 16,     50,            100,     100,    100,     "Euler steps. paper: RK45, adaptive"),
+    ("n_pairs",      1024,   50_000,        50_000,  50_000, 200_000, "pairs to make. paper: 50,000 or more"),
+    ("sample_steps", 10,     50,            100,     100,    100,     "Euler steps. paper: RK45, adaptive"),
     ("precision",    "auto", "auto",        "fp32",  "fp32", "fp32",  "of the network: fp32, bf16 or auto"),
 ]
 BATCH = 128  # ours: pairs per network call

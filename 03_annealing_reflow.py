@@ -17,9 +17,9 @@ easy, but its paths are bent. At beta = 0 it is reflow: straight, but hard from 
 from 1 to 0. The squares of the two weights add up to 1, so z_beta has variance 1 for every beta (z and z'
 are independent), and the network always meets N(0, I) at t = 0, as it will when it makes images.
 
-The loss begins as in stage 01, near 1.5, falls below 0.1 while beta falls, and ends at about 0.02 for
-`shapes`: much lower than the teacher's, because far fewer lines meet. (On `shapes` annealing gains nothing
-that could be measured; the paper's gain is on CIFAR-10 after 800,000 steps.)
+The loss begins as in stage 01, near 1.5, and ends at about 0.03 for `shapes`, although most of its t are
+early, where the teacher's loss is highest: far fewer lines meet. (On `shapes` annealing gains nothing that
+could be measured; the paper's gain is on CIFAR-10 after 800,000 steps.)
 
 Reads   out/<preset>/02_pairs.pt
 Writes  out/<preset>/03_reflow.pt, 03_samples.png; 03_state.pt, from which a run continues
@@ -29,23 +29,25 @@ import math
 
 import torch
 
-from common import (EPS, Trainer, UNet, UserError, load, on_device, require, run, samples, save_grid,
+from common import (Trainer, UNet, UserError, draw_t, load, on_device, require, run, samples, save_grid,
                     save_network, say, start)
 
 SETTINGS = [
     # name           shapes     cifar10_quick  cifar10    ffhq64     imagenet64
     ("schedule",     "linear",  "linear",      "linear",  "linear",  "linear",   "of beta, see beta()"),
-    ("anneal_steps", 400,       15_000,        300_000,   300_000,   300_000,    "K, steps of annealing"),
+    ("anneal_steps", 300,       15_000,        300_000,   300_000,   300_000,    "K, steps of annealing"),
     ("flip",         True,      True,          True,      True,      False,      "mirror half of the pairs"),
-    # The small network: 0.3M, 7.0M, 15.7M, 15.7M, 80.6M parameters. (Paper, ImageNet: 80.7M, not this kind.)
-    ("base",         16,        64,            96,        96,        192,        "channels of level 1"),
-    ("mult",         (1, 2, 2), (1, 2, 2),     (1, 2, 2), (1, 2, 2), (1, 2, 2),  "of each level, times base"),
+    # The small network: 0.1M, 7.0M, 15.7M, 15.7M, 80.6M parameters. (Paper, ImageNet: 80.7M, not this kind.)
+    ("base",         12,        64,            96,        96,        192,        "channels of level 1"),
+    ("mult",         (1, 2),    (1, 2, 2),     (1, 2, 2), (1, 2, 2), (1, 2, 2),  "of each level, times base"),
     ("blocks",       1,         2,             2,         2,         3,          "residual blocks per level"),
     ("attn",         (8,),      (16,),         (16,),     (16,),     (16,),      "sizes with attention"),
     ("dropout",      0.0,       0.0,           0.15,      0.15,      0.13,       "probability"),
     # Training.
-    ("steps",        1100,      40_000,        800_000,   800_000,   800_000,    "optimiser steps"),
-    ("batch",        64,        128,           128,       128,       128,        "pairs per step"),
+    ("t_distribution", "early", "uniform",     "uniform", "uniform", "uniform",  "of t, see draw_t()"),
+    ("optimizer",    "muon",    "adam",        "adam",     "adam",    "adam",    "adam or muon"),
+    ("steps",        1300,      40_000,        800_000,   800_000,   800_000,    "optimiser steps"),
+    ("batch",        16,        128,           128,       128,       128,        "pairs per step"),
     ("lr",           8e-3,      2e-4,          2e-4,      2e-4,      2e-4,       "learning rate"),
     ("warmup",       100,       1000,          5000,      5000,      5000,       "steps while lr rises"),
     ("cooldown",     0.6,       0.3,           0.0,       0.0,       0.0,        "share while lr falls"),
@@ -69,15 +71,14 @@ def beta(step, cfg):
     raise UserError(f"--schedule {cfg.schedule}: choose from linear, cosine, exponential, none")
 
 
-def reflow_loss(net, z, x, b, labels=None):
+def reflow_loss(net, z, x, t, b, labels=None):
     """E || v(x_t, t) - (x - z_beta) ||^2 on pairs, the mean over pixels and batch: a scalar. Paper, Eq. 9.
 
-    z, x (B, C, H, W): the pairs, x is where the teacher takes z; b: beta, in [0, 1]; labels (B,) or None.
+    z, x (B, C, H, W): the pairs, x is where the teacher takes z; t (B,); b: beta, in [0, 1]; labels (B,) or
+    None.
     """
     # z_beta = sqrt(1 - beta^2) z + beta z'
     z_beta = math.sqrt(1 - b**2) * z + b * torch.randn_like(z)
-    # t ~ U[EPS, 1]
-    t = EPS + (1 - EPS) * torch.rand(len(x), device=x.device)  # (B,)
     # x_t = t x + (1 - t) z_beta
     s = t.view(-1, 1, 1, 1)
     x_t = s * x + (1 - s) * z_beta
@@ -109,12 +110,12 @@ def main(cfg):
             # right alike. It does so as far as --flip in stage 01 has taught it; nothing built in ensures it.
             mirrored = torch.rand(len(x), 1, 1, 1, device=device) < 0.5
             z, x = torch.where(mirrored, z.flip(3), z), torch.where(mirrored, x.flip(3), x)
-        b = beta(step, cfg)
-        trainer.update(reflow_loss(trainer.net, z, x, b, y), note=f"beta {b:.3f}")
+        t, b = draw_t(len(x), cfg.t_distribution, device), beta(step, cfg)
+        trainer.update(reflow_loss(trainer.net, z, x, t, b, y), note=f"beta {b:.3f}")
 
     # 4. Keep the averaged weights, and look: one call above, 25 calls below, from the same noise.
     save_network(cfg, "03_reflow.pt", trainer.ema, pairs["lineage"])
-    rows = [*samples(trainer.ema, cfg.seed, 32, 1).split(8), *samples(trainer.ema, cfg.seed, 32, 25).split(8)]
+    rows = [row for calls in (1, 25) for row in samples(trainer.ema, cfg.seed, range(32), calls).split(8)]
     save_grid(cfg.folder / "03_samples.png", rows)
     say(f"wrote {cfg.folder}/03_reflow.pt, 03_samples.png | next: 04_flow_guided_distill.py")
 

@@ -7,10 +7,11 @@ Frechet distance; Heusel et al. 2017, 1706.08500):
     d = |m1 - m2|^2 + tr( S1 + S2 - 2 (S1 S2)^(1/2) )
 
 If F is the Inception network of 2015 with its published weights, this is FID. The resize, the rounding and
-the number of images change it, so they stand beside it. For `shapes` F is a small classifier of drawings:
-its distance is FD-shapes, comparable with nothing but itself. All networks are judged by images made from
-the same noises, which nothing was trained on. --images SET --reference SET measures any images. --png N only
-writes images, as files.
+the number of images change it, so they stand beside it. For `shapes` F is a small classifier of drawings, the
+judge: its distance is FD-shapes, comparable with nothing but itself. The judge also says how often it finds
+the class that was asked for ("red triangle"): named as asked. All networks are judged by images made from the
+same noises, which nothing was trained on. --images SET --reference SET measures any images. --png N only
+writes images, as files; --label "red triangle" (or a class number) says of what.
 
 Reads   out/<preset>/01_teacher.pt, 03_reflow.pt, 04_student.pt; the teacher's data; Inception's weights
 Writes  out/<preset>/05_results.md, 05_results.json, 05_samples.png; with --only NAME 05_NAME.*, with
@@ -29,9 +30,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-from common import (COLOURS, EVALUATION, RANK, SHAPES, WORLD, Attention, UserError, download, draw_shapes,
-                    euler, fingerprint, from_uint8, labels_for, load, load_images, load_network, noise_for,
-                    read, require, run, samples, save_grid, say, start, to_uint8, wait_for_all, writing)
+from common import (CLASSES, EVALUATION, RANK, WORLD, Attention, UserError, download, draw_shapes,
+                    fingerprint, from_uint8, labels_for, load, load_images, load_network, read, require, run,
+                    samples, save_grid, say, start, to_uint8, wait_for_all, writing)
 
 SETTINGS = [
     # name            shapes       cifar10_quick  cifar10     ffhq64      imagenet64
@@ -39,8 +40,8 @@ SETTINGS = [
     ("images",        "",          "",            "",         "",         "",         "a folder or zip"),
     ("reference",     "",          "",            "",         "",         "",         "images, or .npz"),
     ("n_samples",     1024,        10_000,        50_000,     50_000,     50_000,     "images per network"),
-    ("teacher_steps", 25,          50,            100,        100,        100,        "calls. paper: RK45"),
-    ("flow_steps",    8,           25,            100,        100,        100,        "calls. paper: RK45"),
+    ("teacher_steps", 12,          50,            100,        100,        100,        "calls. paper: RK45"),
+    ("flow_steps",    6,           25,            100,        100,        100,        "calls. paper: RK45"),
     ("student_steps", 1,           1,             1,          1,          1,          "calls"),
     ("metric",        "fd_shapes", "fid",         "fid",      "fid",      "fid",      "or none"),
     ("resize",        "tf1",       "tf1",         "tf1",      "tf1",      "tf1",      "or pytorch_fid"),
@@ -48,6 +49,7 @@ SETTINGS = [
     ("allow_few",     False,       False,         False,      False,      False,      "images < features"),
     ("precision",     "auto",      "fp32",        "fp32",     "fp32",     "fp32",     "fp32, bf16 or auto"),
     ("png",           0,           0,             0,          0,          0,          "images to write"),
+    ("label",         "",          "",            "",         "",         "",         "--png: the class"),
 ]
 BATCH = 128  # ours: images per call
 
@@ -107,33 +109,34 @@ def quantise(x, rounding):
     return to_uint8(x) if rounding == "round" else ((x.clamp(-1, 1) + 1) / 2 * 255).to(torch.uint8)
 
 
-def share(n):
-    """This process's part of n things."""
-    return slice(n * RANK // WORLD, n * (RANK + 1) // WORLD)
+def class_names(cfg, net):
+    """The names of the network's classes: those of the drawings, or numbers; none if it has no classes."""
+    numbers = [str(i) for i in range(net.args["classes"])]
+    return CLASSES if cfg.metric == "fd_shapes" and numbers else numbers
 
 
-def make_images(net, cfg, n, steps):
-    """This process's share of the n images that the network makes, uint8 (N, 3, H, W)."""
-    device, size, made = net.conv_in.weight.device, net.args["image_size"], []
-    labels = labels_for(cfg.seed, n, net.args["classes"])
-    numbers = range(n)[share(n)]
-    for first in range(0, len(numbers), BATCH):
-        batch = numbers[first:first + BATCH]
-        z = noise_for(cfg.seed, [EVALUATION + i for i in batch], (3, size, size)).to(device)
-        y = None if labels is None else labels[batch.start:batch.stop].to(device)
-        made.append(quantise(euler(net, z, steps, y), cfg.rounding).cpu())
-    return torch.cat([torch.empty(0, 3, size, size, dtype=torch.uint8), *made])
+def make_images(net, cfg, n, steps, labels):
+    """This process's images of the n that the network makes, uint8 (N, 3, H, W). labels (n,) or None."""
+    made = [torch.empty(0, 3, net.args["image_size"], net.args["image_size"], dtype=torch.uint8)]
+    for first in range(RANK, n, WORLD * BATCH):
+        numbers = range(n)[first:first + WORLD * BATCH:WORLD]
+        made.append(quantise(samples(net, cfg.seed, numbers, steps, labels), cfg.rounding))
+    return torch.cat(made)
 
 
 def write_png(cfg, key, net, steps):
     """Writes cfg.png images as 05_<key>_images/000000.png ..., and the first of them as a grid."""
-    folder = cfg.folder / f"05_{key}_images"
+    folder, names = cfg.folder / f"05_{key}_images", class_names(cfg, net)
+    labels = labels_for(cfg.seed, cfg.png, len(names))
+    if cfg.label:
+        require(cfg.label in names, f"--label {cfg.label}: the {key} knows {', '.join(names) or 'no labels'}")
+        labels = torch.full((cfg.png,), names.index(cfg.label))
     if RANK == 0:
         for old in folder.glob("[0-9]*.png"):  # of an earlier run
             old.unlink()
     wait_for_all()
-    images = make_images(net, cfg, cfg.png, steps)
-    for i, image in zip(range(cfg.png)[share(cfg.png)], images):
+    images = make_images(net, cfg, cfg.png, steps, labels)
+    for i, image in zip(range(RANK, cfg.png, WORLD), images):
         with writing(folder / f"{i:06d}.png") as file:
             Image.fromarray(image.permute(1, 2, 0).numpy()).save(file, "PNG")
     save_grid(f"{folder}.png", from_uint8(images[:64]).split(8))
@@ -141,28 +144,31 @@ def write_png(cfg, key, net, steps):
 
 
 def feature_network(cfg, device):
-    """(F, D, name, id of its weights): F maps uint8 (B, 3, H, W) to features (B, D)."""
+    """(F, fc, name, id of its weights): F maps uint8 (B, 3, H, W) to features (B, D), fc these to scores."""
     if cfg.metric == "fid":
         net = load_inception(device)
-        return lambda images: inception_features(net, images, cfg.resize), 2048, "FID", INCEPTION_SHA256
+        return lambda images: inception_features(net, images, cfg.resize), net.fc, "FID", INCEPTION_SHA256
     judge = read(Path(__file__).parent / "extras" / "shapes_judge.pt")
     net = ShapeNet().to(device).eval()
     net.load_state_dict(judge["weights"])
     say(f"judge | names shape and colour of {judge['accuracy']:.2%} of unseen drawings; {judge['made_with']}")
-    return lambda images: net(from_uint8(images)), net.head.in_features, "FD-shapes", judge["id"]
+    return lambda images: net(from_uint8(images)), net.fc, "FD-shapes", judge["id"]
 
 
 def table(rows, metric):
     """The rows as lines of Markdown."""
-    lines = [f"| network | parameters | MACs | calls | ms per image | {metric} |", "|---|" + "---:|" * 5]
+    lines = [f"| network | calls | {metric} | named as asked | parameters | MACs | ms per image |",
+             "|---|" + "---:|" * 6]
     for row in rows:
         cells = [row["network"]]
-        for key, form in zip(("parameters", "macs", "calls", "ms", "distance"), (",", ",", "", ".2f", ".3f")):
+        for key, form in (("calls", ""), ("distance", ".3f"), ("named", ".1%"), ("parameters", ","),
+                          ("macs", ","), ("ms", ".2f")):
             cells.append("-" if row[key] is None else format(row[key], form))
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
+@torch.no_grad()
 def main(cfg):
     device = start(cfg, "05 evaluation")
     for name, choices in (("only", "all teacher flow student"), ("metric", "fd_shapes fid none"),
@@ -171,6 +177,7 @@ def main(cfg):
     require(min(cfg.n_samples - 1, cfg.teacher_steps, cfg.flow_steps, cfg.student_steps) >= 1,
             "--n_samples must be at least 2, and the steps at least 1")
     require(not cfg.images or cfg.reference and not cfg.png, "--images needs --reference, and takes no --png")
+    require(cfg.png or not cfg.label, "--label needs --png N, the number of images to write")
 
     # 1. The networks. With --png they write images, and that is all.
     networks, size = [], None  # (name, net, calls)
@@ -189,10 +196,11 @@ def main(cfg):
     source = cfg.reference or load(cfg, "01_teacher.pt")["settings"]["data"]
     require(cfg.metric != "fd_shapes" or source == "shapes",
             f"FD-shapes measures drawings, not {source}: set --metric fid or none")
-    given = load_images(cfg.images, None)[0] if cfg.images else None
-    if given is None and cfg.metric == "fd_shapes":
-        given = draw_shapes(cfg.n_samples, size, seed=1)[0]
-    real = None
+    given, given_labels, real = None, None, None
+    if cfg.images:
+        given = load_images(cfg.images, None)[0]
+    elif cfg.metric == "fd_shapes":
+        given, given_labels = draw_shapes(cfg.n_samples, size, seed=1)
     if not source.endswith(".npz"):
         real = load_images(source, given.shape[-1] if cfg.images and source == "shapes" else size)[0]
         require(given is None or given.shape[1:] == real.shape[1:],
@@ -203,45 +211,52 @@ def main(cfg):
     protocol = {"metric": "none", "reference": source, "n_samples": n_samples, "precision": cfg.precision,
                 "rounding": cfg.rounding, "seed": cfg.seed, "first_noise": EVALUATION}
     if cfg.metric != "none":
-        features_of, dimensions, metric, judge = feature_network(cfg, device)
-
-        def gaussian_of(images):
-            with torch.no_grad():
-                parts = images.split(BATCH)
-                return gaussian((features_of(part.to(device)) for part in parts), dimensions)
-
+        features_of, fc, metric, judge = feature_network(cfg, device)
         n_fewest = n_samples if real is None else min(n_samples, len(real))
-        require(n_fewest >= dimensions or cfg.allow_few, f"{n_fewest} images are fewer than the {dimensions} "
-                f"features of {metric}, which makes the distance too large. Take more, or --allow_few")
+        require(n_fewest >= fc.in_features or cfg.allow_few, f"{n_fewest} images are fewer than the "
+                f"{fc.in_features} features of {metric}, which makes the distance too large. Take more, or "
+                "--allow_few")
         protocol |= {"metric": metric, "judge": judge, "resize": cfg.resize if metric == "FID" else None}
         if real is None:
             mu, sigma = read_statistics(source)
-            require(len(mu) == dimensions, f"{source} does not have {dimensions} features")
+            require(len(mu) == fc.in_features, f"{source} does not have {fc.in_features} features")
         else:
-            mu, sigma = gaussian_of(real[share(len(real))])
+            features = (features_of(part.to(device)) for part in real[RANK::WORLD].split(BATCH))
+            mu, sigma = gaussian(features, fc.in_features)
             protocol["n_reference"] = len(real)
         protocol["reference_id"] = fingerprint(mu, sigma)
 
-    # 4. A row of the table for each set of images.
-    rows, pictures = [], {}
+    # 4. A row of the table for each set of images. In the picture a column has one noise and one request.
+    rows, pictures, names = [], {}, class_names(cfg, networks[0][1]) if networks else []
+    requests = torch.tensor([7 * i % len(names) for i in range(12)]) if names else None
     if given is not None:
         networks.insert(0, (cfg.images or "real", None, None))
     for name, net, calls in networks:
-        row = dict.fromkeys(("distance", "parameters", "macs", "ms")) | {"network": name, "calls": calls}
+        row = dict.fromkeys(("network", "calls", "distance", "named", "parameters", "macs", "ms"))
+        row |= {"network": name, "calls": calls}
         if net is None:
-            images, pictures[name] = given[share(len(given))], from_uint8(given[:12])
+            images, labels, shown = given[RANK::WORLD], given_labels, given[:12]
+            if names:  # drawings of what is requested
+                drawings, kinds = draw_shapes(500, size, seed=1)
+                shown = torch.stack([drawings[kinds == y][0] for y in requests])
+            pictures[name] = from_uint8(shown)
         else:
-            began = time.time()
-            images = make_images(net, cfg, cfg.n_samples, calls)
+            labels, began = labels_for(cfg.seed, cfg.n_samples, len(names)), time.time()
+            images = make_images(net, cfg, cfg.n_samples, calls, labels)
             row |= {"ms": 1000 * (time.time() - began) / max(1, len(images)), "macs": count_macs(net),
                     "parameters": sum(p.numel() for p in net.parameters())}
-            pictures[f"{name}, calls: {calls}"] = samples(net, cfg.seed, 12, calls)
+            pictures[f"{name}, calls: {calls}"] = samples(net, cfg.seed, range(12), calls, requests)
         if cfg.metric != "none":
-            row["distance"] = frechet_distance(*gaussian_of(images), mu, sigma)
+            parts = [part.to(device) for part in images.split(BATCH)]
+            row["distance"] = frechet_distance(*gaussian(map(features_of, parts), fc.in_features), mu, sigma)
+            if metric == "FD-shapes" and labels is not None:
+                found = torch.cat([fc(features_of(part)).argmax(1) for part in parts]).cpu()
+                right = found == labels[RANK::WORLD]
+                row["named"] = gaussian([right[:, None]], 1)[0].item()  # the mean of all processes
             say(f"measured | {name}, calls: {calls} | {metric} {row['distance']:.3f}")
         rows.append(row)
 
-    # 5. The table, and a picture in which each column starts from one noise.
+    # 5. The table and the picture.
     if RANK == 0:
         stem = cfg.folder / f"05_{'images' if cfg.images else 'results' if cfg.only == 'all' else cfg.only}"
         lines = [*table(rows, protocol["metric"]), "", ", ".join(f"{k} {protocol[k]}" for k in protocol)]
@@ -250,7 +265,7 @@ def main(cfg):
         with writing(f"{stem}.json") as file:
             file.write(json.dumps({"protocol": protocol, "rows": rows}, indent=1).encode())
         picture = cfg.folder / "05_samples.png" if stem.name == "05_results" else f"{stem}.png"
-        save_grid(picture, list(pictures.values()), list(pictures))
+        save_grid(picture, list(pictures.values()), list(pictures), names and [names[y] for y in requests])
         say("\n".join(["", *lines, "", f"wrote {stem}.md, {stem}.json, {picture}"]))
 
 
@@ -411,13 +426,13 @@ class ShapeNet(nn.Module):
     """The judge of FD-shapes: a small classifier of drawings, which extras/train_judge.py has trained.
 
     Maps images (B, 3, H, W) to features (B, 112), the means of all channels of three layers, so that edges
-    count as well as shapes. head(features) (B, 9): the scores of 3 shapes and 6 colours.
+    count as well as shapes. fc(features) (B, 18): the scores of the classes.
     """
 
     def __init__(self):
         super().__init__()
         self.layer1, self.layer2, self.layer3 = Conv(3, 16, 3), Conv(16, 32, 3), Conv(32, 64, 3)
-        self.head = nn.Linear(112, len(SHAPES) + len(COLOURS))
+        self.fc = nn.Linear(112, len(CLASSES))
 
     def forward(self, x):
         h1 = self.layer1(x)  # (B, 16, H, W)

@@ -65,11 +65,11 @@ def read_settings(table, doc, argv=None):
     def int_tuple(text):
         return tuple(int(part) for part in text.split(","))  # "1,2,2" -> (1, 2, 2)
 
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--preset", default=PRESET, choices=PRESETS, help=f"column of the settings [{PRESET}]")
-    preset = first.parse_known_args(argv)[0].preset
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     parents=[first], allow_abbrev=False)
+                                     allow_abbrev=False, add_help=False)
+    parser.add_argument("--preset", default=PRESET, choices=PRESETS, help=f"column of settings [{PRESET}]")
+    preset = parser.parse_known_args(argv)[0].preset
+    parser.add_argument("--help", "-h", action="help", help="show this, with the values of the preset")
     parser.add_argument("--out", default="out", help="results go into <out>/<preset>/ [out]")
     parser.add_argument("--seed", type=int, default=0, help="everything random follows from it [0]")
     parser.add_argument("--device", default="auto", help="auto (a GPU if any), cpu, cuda, cuda:1 or mps")
@@ -83,16 +83,16 @@ def read_settings(table, doc, argv=None):
         parser.add_argument(f"--{name}", default=value, help=f"{text} [%(default)s]", **how)
     cfg = parser.parse_args(argv)
     for name, value in vars(cfg).items():
-        if isinstance(value, (int, float)):
-            require(0 <= value < math.inf, f"--{name} {value} must be finite, and not negative")
+        require(not isinstance(value, (int, float)) or 0 <= value < math.inf,
+                f"--{name} {value} must be finite, and not negative")
     cfg.folder = Path(cfg.out, cfg.preset)
     return cfg
 
 
 def settings_of(cfg):
     """The settings that a result depends on, as a dict."""
-    return {name: value for name, value in vars(cfg).items()
-            if name not in ("out", "folder", "device", "restart", "allow_mixed")}
+    others = ("out", "folder", "device", "restart", "allow_mixed")
+    return {name: value for name, value in vars(cfg).items() if name not in others}
 
 
 def require_same_run(path, then, now):
@@ -201,16 +201,14 @@ def load(cfg, name):
     """The artifact <out>/<preset>/<name>. Its "lineage" becomes the made_from of what is made from it."""
     path, stage = cfg.folder / name, f"Run stage {name[:2]} for --preset {cfg.preset} --out {cfg.out}"
     require(path.exists(), f"{path} is missing. {stage} first")
-    try:
-        artifact = read(path)
-        require(artifact["preset"] == cfg.preset, f"{path} was made with --preset {artifact['preset']}")
-        for parent, identity in artifact["made_from"].items():
-            if (cfg.folder / parent).exists() and not cfg.allow_mixed:
-                require(read(cfg.folder / parent)["id"] == identity,
-                        f"{path} is out of date: it was made from another {parent} than the one beside it")
-    except (UserError, KeyError) as error:
-        raise UserError(f"{error}. {stage} again, with --restart") from error
-    return {**artifact, "lineage": {**artifact["made_from"], name: artifact["id"]}}
+    artifact = read(path)
+    made_from, preset = artifact.get("made_from"), artifact.get("preset")
+    require(preset == cfg.preset, f"{path} was made with --preset {preset}. {stage} again, with --restart")
+    for parent, identity in made_from.items():
+        if (cfg.folder / parent).exists() and not cfg.allow_mixed:
+            require(read(cfg.folder / parent)["id"] == identity, f"{path} is out of date: it was made from "
+                    f"another {parent} than the one beside it. {stage} again, with --restart")
+    return {**artifact, "lineage": {**made_from, name: artifact["id"]}}
 
 
 def save_network(cfg, name, net, made_from):
@@ -248,19 +246,23 @@ def download(url, sha256, instead):
     return path
 
 
-def save_grid(path, rows, titles=None):
-    """Process 0 writes a PNG: a row of images for each float tensor (N, 3, H, W), and above it its title."""
+def save_grid(path, rows, titles=None, columns=()):
+    """Process 0 writes a PNG: a row of images for each float tensor (N, 3, H, W), with titles above them."""
     if RANK > 0:
         return
     size = rows[0].shape[-1]
-    cell, bar = size * max(1, 64 // size) + 2, 18 if titles else 0
-    canvas = Image.new("RGB", (len(rows[0]) * cell + 2, len(rows) * (cell + bar) + 2), "white")
+    cell, bar, top = size * max(1, 64 // size) + 2, 18 if titles else 0, 32 if columns else 0
+    canvas = Image.new("RGB", (len(rows[0]) * cell + 2, top + len(rows) * (cell + bar) + 2), "white")
+    draw = ImageDraw.Draw(canvas)
+    for i, column in enumerate(columns):  # "red circle" in two lines
+        draw.text((i * cell + 4, 2), column.replace(" ", "\n"), "black", font_size=12)
     for r, row in enumerate(rows):
+        y = top + r * (cell + bar)
         if titles:
-            ImageDraw.Draw(canvas).text((4, r * (cell + bar) + 2), titles[r], "black", font_size=12)
+            draw.text((4, y + 2), titles[r], "black", font_size=12)
         for i, image in enumerate(to_uint8(row.cpu())):
             tile = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((cell - 2, cell - 2), Image.NEAREST)
-            canvas.paste(tile, (i * cell + 2, r * (cell + bar) + bar + 2))
+            canvas.paste(tile, (i * cell + 2, y + bar + 2))
     with writing(path) as file:
         canvas.save(file, "PNG")
 
@@ -271,6 +273,7 @@ CIFAR10_SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1
 SHAPES = ("circle", "square", "triangle")
 COLOURS = {"red": (230, 60, 50), "yellow": (235, 205, 60), "green": (70, 190, 80),
            "cyan": (70, 195, 215), "blue": (70, 100, 235), "magenta": (215, 80, 205)}
+CLASSES = [f"{colour} {shape}" for shape in SHAPES for colour in COLOURS]  # of `shapes`; a label is an index
 
 
 def from_uint8(images):
@@ -297,13 +300,13 @@ def labels_for(seed, n, classes):
 
 def draw_shapes(n, image_size, seed=0):
     """n drawings of a circle, square or triangle, always the same for a seed: images uint8 (n, 3, H, W), and
-    their attributes float32 (n, 5): shape, colour, centre x and y, radius (in units of the image's side)."""
+    their labels int64 (n,), numbers of CLASSES."""
     rng = np.random.default_rng(seed)
-    shape, colour = rng.integers(len(SHAPES), size=n), rng.integers(len(COLOURS), size=n)
-    radius = rng.uniform(0.18, 0.34, size=n)
+    labels = rng.integers(len(CLASSES), size=n)
+    radius = rng.uniform(0.18, 0.34, size=n)  # in units of the image's side
     centre_x, centre_y = rng.uniform(radius + 0.03, 0.97 - radius, size=(2, n))
     ground = rng.uniform(10, 60, size=(n, 1)) + rng.uniform(-8, 8, size=(n, 3))  # nearly grey
-    ink = np.array(list(COLOURS.values()))[colour] + rng.uniform(-20, 20, size=(n, 3))
+    ink = np.array(list(COLOURS.values()))[labels % len(COLOURS)] + rng.uniform(-20, 20, size=(n, 3))
     images = np.empty((n, 3, image_size, image_size), dtype=np.uint8)
     pixel = (np.arange(image_size) + 0.5) / image_size
     for i in range(n):
@@ -311,26 +314,24 @@ def draw_shapes(n, image_size, seed=0):
         y = (pixel[:, None] - centre_y[i]) / radius[i]  # (H, 1), downwards
         # The distance from the outline, in radii, negative inside: of each shape.
         distance = (np.hypot(x, y) - 1, np.maximum(x, np.abs(y)) - 0.85,
-                    np.maximum(0.884 * x - 0.467 * (y + 1), y - 0.8))[shape[i]]
+                    np.maximum(0.884 * x - 0.467 * (y + 1), y - 0.8))[labels[i] // len(COLOURS)]
         # Antialiasing: a pixel within half a pixel of the outline is covered in part.
         cover = np.clip(0.5 - distance * radius[i] * image_size, 0, 1)
         pixels = cover * ink[i, :, None, None] + (1 - cover) * ground[i, :, None, None]
         images[i] = pixels.round().clip(0, 255)
-    attributes = np.stack([shape, colour, centre_x, centre_y, radius], axis=1)
-    return torch.from_numpy(images), torch.from_numpy(attributes).float()
+    return torch.from_numpy(images), torch.from_numpy(labels)
 
 
 def load_images(source, image_size):
     """A data set: images uint8 (N, 3, H, W), and labels int64 (N,) or None. UserError names a wrong file.
 
-    source      "shapes" (drawn; label = 6 shape + colour), "cifar10" (downloaded), or a path: of CIFAR-10's
-                binary version (.tar.gz), or of a folder or zip of images. There, as in EDM, dataset.json has
-                the labels, {"labels": [["a/0.png", 3], ...]}; without it each folder is a class
-    image_size  other sizes are cropped to the centre square and resized; None: all have one size already
+    source: "shapes" (drawn), "cifar10" (downloaded), or a path: of CIFAR-10's binary version (.tar.gz), or
+    of images, a folder or zip. There, as in EDM, dataset.json has labels, {"labels": [["a/0.png", 3], ...]};
+    without it each folder is a class. Images of other sizes than image_size are cropped to the centre square
+    and resized; with None all have one size already.
     """
     if source == "shapes":
-        images, attributes = draw_shapes(16_384, image_size or 16)
-        return images, (attributes[:, 0] * len(COLOURS) + attributes[:, 1]).long()
+        return draw_shapes(16_384, image_size or 16)
     path = download(CIFAR10_URL, CIFAR10_SHA256, "give a path") if source == "cifar10" else Path(source)
     require(path.exists(), f"{path} does not exist: --data is shapes, cifar10, or a folder or zip of images")
     if not path.name.endswith(".tar.gz"):
@@ -364,8 +365,8 @@ def read_files(path, image_size):
     require(names, f"{path} holds no PNG, JPEG or WebP images")
 
     def content(name):
-        require(files[name][0] < 10**8, "it has more than 100 MB")  # a small zip may unpack to gigabytes
-        # The zip may lie about a size, and read() would unpack it all: read no more than it says.
+        require(files[name][0] < 10**8, "it has more than 100 MB")  # a small zip may unpack to gigabytes,
+        # and may lie about a size: read no more than it says.
         return archive.open(name).read(files[name][0] + 1) if archive else (path / name).read_bytes()
 
     # 2. Labels.
@@ -383,28 +384,31 @@ def read_files(path, image_size):
         labels = [folders.index(name.rpartition("/")[0]) for name in names]
 
     # 3. The pixels.
+    def pixels(name):
+        try:
+            with Image.open(io.BytesIO(content(name)), formats=("PNG", "JPEG", "WEBP")) as image:
+                image = ImageOps.exif_transpose(image)  # a phone's photo may lie on its side, and says so
+            if image.mode.startswith("I"):  # 16-bit grey
+                image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+            image = image.convert("RGB")
+            if image_size:  # the centre square, resized
+                image = ImageOps.fit(image, (image_size, image_size), Image.LANCZOS)
+            return np.asarray(image).transpose(2, 0, 1)
+        except Exception as error:  # so can a damaged image
+            raise UserError(f"{path}: {name} is no usable PNG, JPEG or WebP image ({error})") from error
+
     version = repr((str(path.resolve()), image_size, sorted(files.items()))).encode()
-    cache, shape = Path("data", "cache", f"{hashlib.sha256(version).hexdigest()[:16]}.npy"), None
-    with contextlib.ExitStack() as stack:
-        todo = names if RANK == 0 and not cache.exists() else []
-        for name in todo:
-            try:
-                with Image.open(io.BytesIO(content(name)), formats=("PNG", "JPEG", "WEBP")) as image:
-                    image = ImageOps.exif_transpose(image)  # a phone's photo may lie on its side, and says so
-                if image.mode.startswith("I"):  # 16-bit grey
-                    image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
-                if image_size:  # the centre square, resized
-                    image = ImageOps.fit(image.convert("RGB"), (image_size, image_size), Image.LANCZOS)
-                pixels = np.asarray(image.convert("RGB")).transpose(2, 0, 1)
-                require(shape in (None, pixels.shape), f"it is {pixels.shape}, and the first one is {shape}")
-            except Exception as error:  # so can a damaged image
-                raise UserError(f"{path}: {name} is no usable PNG, JPEG or WebP image ({error})") from error
-            if shape is None:
-                say(f"reading {len(names):,} images from {path} into {cache}")
-                file, shape = stack.enter_context(writing(cache)), pixels.shape
-                header = {"descr": "|u1", "fortran_order": False, "shape": (len(names), *shape)}
-                np.lib.format.write_array_header_1_0(file, header)
-            file.write(pixels.tobytes())
+    cache = Path("data", "cache", f"{hashlib.sha256(version).hexdigest()[:16]}.npy")
+    if RANK == 0 and not cache.exists():
+        say(f"reading {len(names):,} images from {path} into {cache}")
+        shape = pixels(names[0]).shape
+        with writing(cache) as file:
+            header = {"descr": "|u1", "fortran_order": False, "shape": (len(names), *shape)}
+            np.lib.format.write_array_header_1_0(file, header)
+            for name in names:
+                image = pixels(name)
+                require(image.shape == shape, f"{path}: {name} is {image.shape}, and {names[0]} is {shape}")
+                file.write(image.tobytes())
     wait_for_all()
     # Mode "c": a tensor has to be writable, but what is written never reaches the file.
     return torch.from_numpy(np.load(cache, mmap_mode="c")), None if labels is None else torch.tensor(labels)
@@ -413,18 +417,16 @@ def read_files(path, image_size):
 # ----------------------------------------------------------------------------------------------------- U-Net
 # The paper's network (NCSN++, as "DDPM++"; EDM calls it SongUNet). An encoder halves the image step by step,
 # a decoder doubles it again, and gets at each size what the encoder left there: the skips.
-# The student of `shapes` (image_size 16, base 16, mult (1, 2, 2), blocks 1, attn (8,)), channels and size:
+# The student of `shapes` (image_size 16, base 12, mult (1, 2), blocks 1, attn (8,)), channels and size:
 #
-#     conv_in                              3 -> 16   16x16   leaves 16
-#     encoder  block                      16 -> 16   16x16   leaves 16
-#              block, halving             16 -> 16    8x8    leaves 16
-#              block, attention           16 -> 32    8x8    leaves 32
-#              block, halving; block      32 -> 32    4x4    leave 32, 32
-#     middle   block, attention; block    32 -> 32    4x4
-#     decoder  2 blocks; doubling         32 -> 32    8x8    take 32, 32 (appended: each sees 64 channels)
-#              2 blocks, attention        32 -> 32    8x8    take 32, 16
-#              doubling; 2 blocks         32 -> 16   16x16   take 16, 16
-#     conv_out                            16 -> 3    16x16
+#     conv_in                              3 -> 12   16x16   leaves 12
+#     encoder  block                      12 -> 12   16x16   leaves 12
+#              block, halving             12 -> 12    8x8    leaves 12
+#              block, attention           12 -> 24    8x8    leaves 24
+#     middle   block, attention; block    24 -> 24    8x8
+#     decoder  2 blocks, attention        24 -> 24    8x8    take 24, 12 (appended: the first sees 48)
+#              doubling; 2 blocks         24 -> 12   16x16   take 12, 12
+#     conv_out                            12 -> 3    16x16
 
 # Official code: the scale of each branch's last layer. So blocks begin by passing on their input, and the
 # network by answering 0; training adds to that little by little, which deep networks learn best.
@@ -572,6 +574,18 @@ def on_device(net, device, precision):
 
 
 # ------------------------------------------------------------------------------------- sampling and training
+def draw_t(n, distribution, device):
+    """n times t in [EPS, 1]: (n,)."""
+    t = torch.rand(n, device=device)  # "uniform" (paper)
+    if distribution == "early":  # more often near the noise: one call asks for v(z, EPS) alone
+        t = t**2
+    elif distribution == "logit_normal":  # more often in the middle. Esser et al., 2403.03206
+        t = torch.randn(n, device=device).sigmoid()
+    else:
+        require(distribution == "uniform", f"--t_distribution {distribution}: uniform, logit_normal or early")
+    return EPS + (1 - EPS) * t
+
+
 @torch.no_grad()
 def euler(net, z, steps, labels=None):
     """Follows dx/dt = v(x, t) from noise z (B, C, H, W) to images (B, C, H, W), in `steps` network calls."""
@@ -583,12 +597,16 @@ def euler(net, z, steps, labels=None):
     return x
 
 
-def samples(net, seed, n, steps):
-    """The first n (n, 3, H, W) of the images that stage 05 judges, from the same noise and labels."""
+def samples(net, seed, numbers, steps, labels=None):
+    """Images (N, 3, H, W): from the noises of these numbers (a range) that stage 05 judges.
+
+    labels: int64, labels[i] for number i; by default those of the seed.
+    """
     device, size = net.conv_in.weight.device, net.args["image_size"]
-    y = labels_for(seed, n, net.args["classes"])
-    z = noise_for(seed, range(EVALUATION, EVALUATION + n), (net.args["channels"], size, size))
-    return euler(net, z.to(device), steps, None if y is None else y.to(device)).cpu()
+    z = noise_for(seed, [EVALUATION + i for i in numbers], (net.args["channels"], size, size))
+    y = labels_for(seed, numbers[-1] + 1, net.args["classes"]) if labels is None else labels
+    y = None if y is None else y[list(numbers)].to(device)
+    return euler(net, z.to(device), steps, y).cpu()
 
 
 LOG_SECONDS, SAVE_SECONDS = 10, 300  # ours: between two log lines, and between two saved states
@@ -612,8 +630,36 @@ def ema_update(ema, net, decay, n):
     torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - d)
 
 
+class Muon(torch.optim.Optimizer):
+    """Steps along the momentum made orthogonal, which learns all directions of a weight matrix equally fast.
+
+    Jordan et al. 2024. A convolution is the matrix (C_out, C_in k k) here; those of one shape step together.
+    """
+
+    def __init__(self, params):
+        groups = {}
+        for p in params:
+            groups.setdefault(p.flatten(1).shape, []).append(p)
+        super().__init__([{"params": group} for group in groups.values()], {"lr": 0.0})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            gradient = torch.stack([p.grad.flatten(1) for p in group["params"]])
+            momentum = self.state[group["params"][0]].setdefault("momentum", torch.zeros_like(gradient))
+            momentum.lerp_(gradient, 0.05)
+            x = gradient.lerp(momentum, 0.95)  # Nesterov's: a look ahead
+            x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-12)
+            for _ in range(5):  # Newton-Schulz: takes all singular values to between 0.7 and 1.2
+                a = x @ x.mT
+                b = torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315)  # b = -4.7750 a + 2.0315 a a
+                x = torch.baddbmm(x, b, x, beta=3.4445)  # x <- 3.4445 x + b x
+            for p, step in zip(group["params"], x):  # weights change by 0.2 lr on average, as Adam's do
+                p.sub_(step.view_as(p), alpha=0.2 * math.sqrt(max(step.shape)) * group["lr"])
+
+
 class Trainer:
-    """What surrounds a training step: Adam, clipping, learning rate, EMA, log lines, resuming, processes.
+    """What surrounds a training step: optimiser, clipping, learning rate, EMA, log lines, resume, processes.
 
     The loop is `for step in trainer.steps()`. It calls trainer.net on trainer.batch images, and ends in
     trainer.update(loss). trainer.ema is the averaged network: only this one makes images and is saved.
@@ -628,17 +674,26 @@ class Trainer:
         self.batch = cfg.batch // WORLD  # of this process
         self.trained = net.train()  # with dropout
         self.ema = copy.deepcopy(net).eval().requires_grad_(False)  # without
-        self.optimizer = torch.optim.Adam(net.parameters(), betas=(0.9, 0.999), eps=1e-8, fused=True)  # paper
+        require(cfg.optimizer in ("adam", "muon"), f"--optimizer {cfg.optimizer}: choose adam or muon")
+        hidden = {name: p for name, p in net.named_parameters()  # the 3x3 convolutions but the first and last
+                  if cfg.optimizer == "muon" and p.shape[2:] == (3, 3) and min(p.shape[:2]) > 3}
+        rest = [p for name, p in net.named_parameters() if name not in hidden]
+        self.optimizers = [torch.optim.Adam(rest, betas=(0.9, 0.999), eps=1e-8, fused=True)]  # paper
+        if hidden:
+            self.optimizers.append(Muon(hidden.values()))
         self.done, self.recent, self.note = 0, [], ""  # steps done; of the last ones (loss, gradient norm)
+        self.strips = {}  # samples along the way
         self.run = {**settings_of(cfg), "data": "", "made from": made_from}  # data: by fingerprint, not path
         if cfg.restart and RANK == 0:
             self.path.unlink(missing_ok=True)
         if self.path.exists() and not cfg.restart:
             state = read(self.path)
             require_same_run(self.path, state["run"], self.run)
-            for part, saved in ((self.trained, "weights"), (self.ema, "ema"), (self.optimizer, "optimizer")):
-                part.load_state_dict(state[saved])
-            self.done = state["done"]
+            self.trained.load_state_dict(state["weights"])
+            self.ema.load_state_dict(state["ema"])
+            for optimizer, saved in zip(self.optimizers, state["optimizers"]):
+                optimizer.load_state_dict(saved)
+            self.done, self.strips = state["done"], state["strips"]
             say(f"{name} | continues after step {self.done} of {cfg.steps}, from {self.path}")
         self.net = nn.parallel.DistributedDataParallel(net) if WORLD > 1 else net  # averages their gradients
 
@@ -664,7 +719,8 @@ class Trainer:
                 saved = now
                 if RANK == 0:
                     save(self.path, run=self.run, done=self.done, weights=self.trained.state_dict(),
-                         ema=self.ema.state_dict(), optimizer=self.optimizer.state_dict())
+                         ema=self.ema.state_dict(), strips=self.strips,
+                         optimizers=[optimizer.state_dict() for optimizer in self.optimizers])
             if end and self.done < cfg.steps:
                 raise KeyboardInterrupt(f"stopped after step {self.done}: {self.path} keeps it, and the same "
                                         "command (without --restart) continues")
@@ -672,12 +728,14 @@ class Trainer:
             signal.signal(number, signal.default_int_handler)
 
     def update(self, loss, note=""):
-        """One step of Adam down the gradient of `loss`, and one of the EMA. `note` is for the log line."""
-        self.optimizer.zero_grad()
+        """One step down the gradient of `loss`, and one of the EMA. `note` is for the log line."""
+        self.trained.zero_grad()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.trained.parameters(), 1.0)  # paper: 1
-        self.optimizer.param_groups[0]["lr"] = learning_rate(self.done, self.cfg)
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(self.done, self.cfg)
+            optimizer.step()
         self.done += 1
         ema_update(self.ema, self.trained, self.cfg.ema, self.done)
         self.recent.append(torch.stack([loss.detach(), norm]))  # to read it here would be to wait for the GPU
@@ -685,10 +743,9 @@ class Trainer:
 
     def mean_loss(self):
         """The mean loss since the last call. Raises UserError if a loss or gradient was not finite."""
-        recent = torch.stack(self.recent).tolist()
-        for step, (loss, norm) in enumerate(recent, self.done - len(recent)):
-            what = "gradient" if math.isfinite(loss) else "loss"
-            require(math.isfinite(loss) and math.isfinite(norm), f"{what} not finite at step {step}. The "
-                    "last state is kept. Look at the data, or start over with --restart and a lower --lr")
-        self.recent = []
-        return sum(loss for loss, _ in recent) / len(recent)
+        recent, self.recent = torch.stack(self.recent), []
+        first = self.done - len(recent)
+        require(recent.isfinite().all(), "a loss or gradient was not finite in steps "
+                f"{first} to {self.done - 1}. The last state is kept. Look at the data, or start over with "
+                "--restart and a lower --lr")
+        return recent[:, 0].mean().item()

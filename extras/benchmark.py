@@ -126,15 +126,16 @@ def training_step(cfg, net, pairs, device, plain):
     with contextlib.redirect_stdout(io.StringIO()):
         trainer = common.Trainer(cfg, "03 benchmark", net, {})
         if plain:
-            trainer.optimizer = torch.optim.Adam(net.parameters(), cfg.lr, foreach=False)
+            trainer.optimizers = [torch.optim.Adam(net.parameters(), cfg.lr, foreach=False)]
         for step in trainer.steps():
             began.append(now(device))
             i = torch.randint(len(pairs["x"]), (trainer.batch,))
             z, x = pairs["z"][i].to(device).float(), pairs["x"][i].to(device).float()
             mirrored = torch.rand(len(x), 1, 1, 1, device=device) < 0.5
             z, x = torch.where(mirrored, z.flip(3), z), torch.where(mirrored, x.flip(3), x)
-            trainer.update(STAGES["03"].reflow_loss(trainer.net, z, x, 0.5))
-    passes = median_seconds(lambda: STAGES["03"].reflow_loss(net, z, x, 0.5).backward(), device)
+            t = torch.rand(len(x), device=device)
+            trainer.update(STAGES["03"].reflow_loss(trainer.net, z, x, t, 0.5))
+    passes = median_seconds(lambda: STAGES["03"].reflow_loss(net, z, x, t, 0.5).backward(), device)
     return np.median(np.diff(began)[1:]).item(), passes  # the first step is to warm up
 
 
@@ -158,7 +159,8 @@ def measure(args, kind, device, batch, steps, n_pairs, out):
         found["alone"] = median_seconds(lambda: net(x[:1], t[:1]), device)
     Path(out).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out) as folder:
-        cfg = settings("03", "shapes", "--out", folder, "--batch", batch, "--steps", steps)
+        flags = ["--out", folder, "--batch", batch, "--steps", steps, "--optimizer", "adam"]
+        cfg = settings("03", "shapes", *flags)
         made_up_pairs(cfg, n_pairs, args)
         own, began = megabytes("RssAnon"), time.perf_counter()  # without the pages of mapped files
         pairs = load(cfg, "02_pairs.pt")

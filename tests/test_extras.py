@@ -1,176 +1,158 @@
-"""The extras, without the hours that some of them take."""
-import json
+"""README and docs, whose commands all run (small and short); the extras, without the hours that some take.
+
+Left to others: the commands of .ci/run (all five stages, the tests, only sampling).
+"""
+import copy
 import re
+import shlex
 import shutil
-import subprocess
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 import common
-from conftest import Field, load_script
+from conftest import NAMES, ROOT, TINY, filled, save_images, script, settings_of
 
-TINY, CPU = dict(image_size=16, base=8, mult=(1, 2), blocks=1, attn=(8,)), torch.device("cpu")
-MADE = [dict(commit="abc", machine="a machine", date="2026-01-01", seconds=1200) for _ in range(3)]
-
-
-def settings(name, **more):
-    s = load_script(name)
-    return common.read_settings(s.SETTINGS, s.__doc__, [f"--{key}={value}" for key, value in more.items()])
+README = (ROOT / "README.md").read_text()
+TEXTS = "\n".join(path.read_text() for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))])
+NUMBERS = {f"{name}.py": number for number, name in NAMES.items() if number in (*TINY, "import")}
+SMALL = {"01": {"blocks": 1}, "03": {"blocks": 1}, "04": dict(n_pairs=6, pair_steps=1, distance="l2"),
+         "import": dict(n_pairs=6, sample_steps=1)}  # besides TINY
 
 
-def colours_of(path):
-    found = Image.open(path).convert("RGB").getcolors(1 << 20)
-    return {"#{:02x}{:02x}{:02x}".format(*colour) for n, colour in found if n >= 20}  # pixels
+def test_quoted_code_lines_stand_in_the_scripts():
+    quoted = re.findall(r"`(0\d_\w+\.py)`, `(\w+)`(?: \||:) `(.+?)`", README)
+    assert len(quoted) == 4
+    for name, function, line in quoted:
+        body = (ROOT / name).read_text().split(f"def {function}(")[1].split("\ndef ")[0]
+        assert line in [text.strip() for text in body.splitlines()], (name, function)
 
 
-def test_plain_and_other_networks_are_the_same_function_and_measured(monkeypatch):
-    benchmark, calls = load_script("benchmark"), []
-    assert 0 < benchmark.median_seconds(lambda: calls.append(1), CPU, 3, 0) < 1e-3 and len(calls) == 4
+def test_sizes_and_costs_are_those_of_the_settings():
+    rows = re.findall(r"^\| `(\w+)` \| [^|]*\| ([\d.]+)M \| ([\d.]+)M \|", README, re.MULTILINE)
+    assert [name for name, *_ in rows] == list(common.PRESETS)
+    for preset, *sizes in rows:
+        data = settings_of("01", preset=preset)
+        classes = (18 if preset == "shapes" else 1000) if data.conditional else 0
+        for number, size in zip(("01", "03"), sizes):
+            cfg = settings_of(number, preset=preset)
+            with torch.device("meta"):
+                net = common.UNet(data.image_size, 3, cfg.base, cfg.mult, cfg.blocks, cfg.attn, classes)
+            millions = sum(p.numel() for p in net.parameters()) / 1e6
+            assert abs(millions - float(size)) <= 0.5 * 10 ** -len(size.partition(".")[2]), (preset, number)
+    for preset in ("cifar10_quick", "cifar10"):
+        row = re.search(rf"^\| `{preset}` \|((?: [\d.]+ \|){{7}})", TEXTS, re.MULTILINE)[1]
+        counted = [n / 1e18 for n in script("benchmark").costs(preset)]
+        expected = [*counted, sum(counted), sum(counted) * 1e18 / 1e14 / 3600]  # the last: hours
+        assert [float(n) for n in row.strip(" |").split("|")] == pytest.approx(expected, rel=0.06, abs=0.005)
+
+
+def test_every_command_runs(tmp_path, monkeypatch):
+    # What a user would have: images, their statistics, a published checkpoint. (CIFAR-10 is not downloaded.)
+    save_images(tmp_path / "theirs", torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8))
+    for name in ("my_images", "mine"):
+        shutil.make_archive(str(tmp_path / name), "zip", tmp_path / "theirs")
+    np.savez(tmp_path / "cifar10-32x32.npz", mu=np.zeros(3), sigma=np.eye(3))
+    net = filled(32, base=8, mult=(1, 1, 2), blocks=1)
+    torch.save(script("import").export(net, script("import").songunet_layout(net)), tmp_path / "edm.pt")
+    # Three features in place of Inception's, which test_metrics.py has.
+    stand_in = lambda images: images.double().mean((2, 3)), torch.nn.Linear(3, 18), "FID", "stand-in"
+    monkeypatch.setattr(script("05"), "feature_network", lambda cfg, device: stand_in)
+    text = re.sub(r"for s in (.*?); do\n  (.*?) \|\| break\ndone",  # loops are written out
+                  lambda loop: "\n".join(loop[2].replace("$s", s) for s in loop[1].split()), TEXTS)
+    found = re.findall(r"(?:python|torchrun [^`\n]*?) ((?:extras/)?\w+\.py)([^`#\n|&]*)", text)
+    found = [(NUMBERS[name], shlex.split(words)) for name, words in found if name in NUMBERS]
+    assert {number for number, _ in found} == set(NUMBERS.values()) and len(found) > 20
+    made = [(number, ["--preset", preset]) for preset in ("shapes", "cifar10") for number in TINY]  # is read
+    for number, words in made + found:
+        small = {**TINY.get(number, {}), **SMALL.get(number, {})}
+        if number == "01" and "--data" not in words and any(word.startswith("cifar10") for word in words):
+            small["data"] = "my_images.zip"
+        if "--png" in words:
+            small["png"] = 3
+        script(number).main(settings_of(number, *words, "--restart", **small))
+
+
+# ------------------------------------------------------------------------------------------------ The extras
+
+TINY_NET = dict(image_size=16, base=8, mult=(1, 2), blocks=1, attn=(8,))
+
+
+def test_on_two_coordinates_reflow_straightens_paths_and_guidance_helps_where_pairs_are_few(monkeypatch):
+    toy, s = script("toy2d"), script("04")
+    monkeypatch.setattr(toy, "STEPS", 600)
+    monkeypatch.setattr(toy, "ANNEALING", SimpleNamespace(schedule="linear", anneal_steps=200))
+    teacher, (z, x), flow, _ = toy.chain()
+    z, x, fresh = z[:4], x[:4], torch.randn(1000, 2, 1, 1)  # few pairs
+
+    def student_of(guidance):
+        student = copy.deepcopy(flow)
+
+        def loss(step):
+            z_new, t = torch.randn(256, 2, 1, 1), 0.2 + 0.6 * torch.rand(256)
+            guided = s.guided_loss(s.first_step(student, z_new), flow, z_new, t, s.squared_l2)
+            return s.distill_loss(s.first_step(student, z), z, x, s.squared_l2) + guidance * guided
+        return toy.train(student, loss)
+
+    @torch.no_grad()
+    def bend(net):
+        """How far paths are from the line between their ends, as a share of its length."""
+        places, t = toy.path(net, fresh, 20), torch.linspace(0, 1, 21).view(-1, 1, 1, 1, 1)
+        line = places[-1] - places[0]
+        return ((places - places[0] - t * line).norm(dim=2).amax(0) / line.norm(dim=1)).mean().item()
+
+    @torch.no_grad()
+    def error(net):
+        return (toy.path(net, fresh, 1)[-1] - toy.path(teacher, fresh)[-1]).square().mean().item()
+
+    # Of 5 seeds: errors of the flow 0.10 to 0.15, of students 0.07 to 0.19, guided 0.02 to 0.03.
+    guided, alone = error(student_of(1)), error(student_of(0))
+    assert guided < 0.6 * alone and guided < 0.5 * error(flow) and error(flow) < 0.5 * error(teacher)
+    assert bend(flow) < 0.6 * bend(teacher)  # 0.016 and 0.05
+    # Without annealing, reflow is stage 01's regression, on pairs.
+    t, none = torch.rand(4), script("03").beta(0, SimpleNamespace(schedule="none"))
+    assert torch.equal(script("03").reflow_loss(flow, z, x, t, none), script("01").flow_loss(flow, z, x, t))
+    monkeypatch.setattr(toy, "STEPS", 5)
+    toy.main("toy.png")
+    assert Image.open("toy.png").width > 1000
+
+
+def test_the_benchmarks_plain_network_is_the_same_function(monkeypatch):
     for owner, name in ((common.Attention, "forward"), (common, "ema_update")):
         monkeypatch.setattr(owner, name, getattr(owner, name))  # to be restored at the end
-    net, ema, x, t = common.UNet(**TINY), common.UNet(**TINY), torch.randn(2, 3, 16, 16), torch.rand(2)
-    torch.nn.init.normal_(net.middle[0].attention.proj.weight)
-    expected = net(x, t), [(p + q).detach() / 2 for p, q in zip(net.parameters(), ema.parameters())]
-    good = benchmark.measure(TINY, "fp32", CPU, 4, 4, 20_000, "out")
-    assert 0 < good["forward"] < good["step"] and 0 < good["passes"]
-    assert not good["own"] > 15  # MB: pairs are mapped. (Not a number where there is no /proc.)
-    assert benchmark.measure(TINY, "plain fp32", CPU, 4, 4, 64, "out")["step"] > 0
-    assert common.Attention.forward is benchmark.plain_attention
-    common.ema_update(ema, net, 0.5, 100)
-    torch.testing.assert_close((net(x, t), list(ema.parameters())), expected)
-
-
-def entry(name, seed, distance, judge="j"):
-    rows = [dict(network="student", calls=n, distance=distance + 97 * (n - 1), macs=10) for n in (1, 2)]
-    return {"variant": ("", name), "seed": seed, "results": [{"protocol": {"judge": judge}, "rows": rows}]}
+    x, t = torch.randn(2, 3, 16, 16), torch.rand(2)
+    expected = filled(**TINY_NET)(x, t)
+    for kind in ("fp32", "plain fp32"):
+        found = script("benchmark").measure(TINY_NET, kind, torch.device("cpu"), 4, 4, 2000, "out")
+        assert 0 < found["forward"] < found["step"] and not found["own"] > 15  # MB: pairs are mapped
+    torch.testing.assert_close(filled(**TINY_NET)(x, t), expected)
 
 
 @pytest.mark.parametrize("gains, expected", [
     ((0.3, 0.4, 0.5), "+0.400 (+0.152 to +0.648) | shown"),  # 0.4 -+ 4.30 x 0.1 / sqrt 3
     ((0.4, -0.5, 0.3), "not shown"), ((-0.3, -0.4, -0.5), "opposite")])
-def test_a_verdict_needs_an_interval_on_one_side_of_zero(tmp_path, gains, expected):
-    ablations = load_script("ablations")
-    runs = [entry(name, i, 2.0 + i - gain * (name == "b")) for i, gain in enumerate(gains) for name in "ab"]
-    grid = ablations.Grid("Title", "x", {"student": ("student", 1)}, ("macs",))
+def test_a_verdict_needs_an_interval_on_one_side_of_zero(gains, expected):
+    def run(name, seed, distance):
+        rows = [dict(network="student", calls=n, distance=distance + 97 * (n - 1)) for n in (1, 2)]
+        return {"variant": ("", name), "seed": seed, "results": [{"protocol": {}, "rows": rows}]}
+
+    ablations, made = script("ablations"), [dict(commit="a", machine="b", date="c", seconds=1200)] * 3
+    runs = [run(name, i, 2.0 + i - gain * (name == "b")) for i, gain in enumerate(gains) for name in "ab"]
+    grid = ablations.Grid("Title", "x", {"student": ("student", 1)})
     grid.variants = {("", "a"): (), ("", "b"): ()}
     grid.claim("b is better", ("", "b"), ("", "a"))
-    text = "\n".join(ablations.table(grid, runs, MADE))
-    assert "| a | 3.000 ± 1.000 | 10 |" in text and "3 commands, one after the other 1.0 hours" in text
+    text = "\n".join(ablations.table(grid, runs, made))
+    assert "| a | 3.000 ± 1.000 |" in text and "3 commands, one after the other 1.0 hours" in text
     assert re.search(rf"\| b is better \|.*{re.escape(expected)} \|", text)
-    ablations.plot(tmp_path / "plot.png", grid, ablations.values_of(grid, runs))
-    assert colours_of(tmp_path / "plot.png") >= {"#174a7c", "#222222"}
-    with pytest.raises(common.UserError, match="different judges"):
-        ablations.table(grid, [*runs, entry("a", 3, 1.0, "another")], MADE)
 
 
-def test_every_claim_names_a_variant_and_every_run_is_known_by_all_its_settings(monkeypatch):
-    ablations, cfg = load_script("ablations"), settings("ablations")
-    for name, grid in ablations.grids().items():
-        assert name in ablations.SETTINGS[0][-1] and grid.claims  # the help text
-        for terms in grid.claims.values():
-            assert all(variant in grid.variants and column in grid.columns for _, variant, column in terms)
-        tasks = {task for runs in grid.variants.values() for run in runs for task in run.ancestors()}
-        assert len({task.depends_on(cfg) for task in tasks}) == len(tasks)
-        for task in tasks:  # what was not made from one another is mixed in one grid only
-            mixed = sum(run.stage == "02" for run in task.ancestors()) > 1
-            assert ("--allow_mixed" in task.arguments()) == mixed and (name == "pairs" or not mixed)
-    cfg.runs, reflow = cfg.folder, ablations.reflow_of()
-    before = reflow.folder(cfg, 0)
-    assert before == ablations.reflow_of(anneal_steps=180, base=16).folder(cfg, 0)  # as the preset has it
-    rows = [("lr", *[1e-3] * 5, "") if row[0] == "lr" else row for row in load_script("01").SETTINGS]
-    monkeypatch.setattr(ablations.STAGES["01"], "SETTINGS", rows)  # of the run before the run before
-    assert reflow.folder(cfg, 0) != before
-    assert ablations.stage("01", mult=(1, 2), flip=False).arguments() == ["--mult=1,2", "--no-flip"]
-
-
-def test_runs_that_are_done_are_not_made_again_and_parents_come_first(tmp_path, monkeypatch):
-    ablations, results, ran, really_run = load_script("ablations"), tmp_path / "results", [], subprocess.run
-
-    def pretend(command, **more):
-        if command[0] == "git":
-            return really_run(command, **more)
-        number, seed, out = command[1].name[:2], command[command.index("--seed") + 1], command[-3]
-        ran.append((number, seed))
-        for parent in {"02": ("01",), "03": ("02",), "04": ("02", "03")}.get(number, ()):
-            assert (out / "shapes" / ablations.MADE[parent]).read_text().endswith(f"seed{seed}")
-        rows = [dict(network="student", calls=1, distance=1.0 + len(ran) / 10)]
-        text = json.dumps({"protocol": {}, "rows": rows}) if number == "05" else str(out)
-        (out / "shapes" / {**ablations.MADE, "05": "05_student.json"}[number]).write_text(text)
-        return SimpleNamespace(returncode=int(number == fail))
-
-    monkeypatch.setattr(ablations.subprocess, "run", pretend)
-    cfg = settings("ablations", grid="distillation", seeds=2, jobs=2, out=tmp_path, results=results)
-    fail = "04"
-    with pytest.raises(common.UserError, match="04_flow_guided_distill.py .* failed; see"):
-        ablations.main(cfg)
-    assert [number for number, _ in ran][:7] == ["01", "01", "02", "02", "03", "03", "04"]
-    ran.clear()
-    fail = None
-    for _ in range(2):  # the second time all is done
-        ablations.main(cfg)
-        assert len(ran) == 12 + 12 and {seed for number, seed in ran if number == "05"} == {"0"}
-    saved = json.loads((results / "distillation.json").read_text())
-    assert len(saved["measured"]) == 12 and len(saved["made"]) == 2 * (3 + 6 + 6)
-
-
-def test_a_straight_path_has_no_deviation_and_a_bent_one_has():
-    paths, z, x = load_script("paths"), torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
-    states, ends = paths.follow(Field(lambda x_t, t: x - z), z, 4)
-    torch.testing.assert_close(ends, x.expand_as(states))
-    assert len(states) == 5 and paths.deviation(states).max() < 1e-6
-    bent, _ = paths.follow(Field(lambda x_t, t: (x - z) * 2 * t), z, 50)
-    assert paths.deviation(bent).max() == pytest.approx(0.25, abs=0.01)  # t - t^2 of its length, at t = 1/2
-
-
-def test_the_path_figure_is_drawn_whole(finished, tmp_path):
-    paths, path = load_script("paths"), tmp_path / "shapes/paths.png"
-    shutil.copytree(finished / "shapes", tmp_path / "shapes")
-    paths.main(settings("paths", out=tmp_path, steps=3, paths=9, strips=9))
-    assert colours_of(path) >= set(paths.COLOURS.values())  # both curves
-    figure = Image.open(path).convert("L")
-    last = figure.crop((560, figure.height - 100, figure.width, figure.height - 1))
-    assert last.getextrema()[0] < 128 and last.crop((0, 90, last.width, 99)).getextrema() == (255, 255)
-
-
-@pytest.mark.parametrize("classes", [0, 4])
-def test_the_exported_student_is_eulers_method(tmp_path, classes):
-    cfg, net = settings("export", out=tmp_path, steps=2), common.UNet(**TINY, classes=classes)
-    torch.nn.init.normal_(net.conv_out.weight)
+def test_the_exported_student_is_eulers_method(tmp_path):
+    cfg, net = settings_of("export", out=tmp_path, steps=2), filled(**TINY_NET, classes=4)
     common.save_network(cfg, "04_student.pt", net, {})
-    load_script("export").main(cfg)
-    z, labels = torch.randn(5, 3, 16, 16), [torch.arange(5) % 4] if classes else []
-    made = torch.export.load(tmp_path / "shapes/05_student.pt2").module()(z, *labels)
-    torch.testing.assert_close(made, common.euler(net.eval(), z, 2, *labels), atol=1e-4, rtol=1e-4)
-
-
-def test_real_images_are_compared_by_their_own_classifier(tmp_path, monkeypatch):
-    real, (images, attributes) = load_script("real_images"), common.draw_shapes(400, 32)
-
-    def write(path, image):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
-
-    def pretend(runs, cfg):  # the teacher makes some images of the set, the others noise
-        for run, key in real.networks(cfg).values():
-            assert "'preset': 'cifar10_quick'" in run.depends_on(cfg)  # read_settings takes its arguments
-            for i in range(cfg.n_samples):
-                noise = torch.randint(256, (3, 32, 32), dtype=torch.uint8)
-                image = images[i] if "--teacher_steps=25" in run.arguments() else noise
-                write(run.folder(cfg, 0) / f"05_{key}_images/{i}.png", image)
-        return {(run, 0): MADE[0] for run in runs}
-
-    for i, image in enumerate(images):
-        write(tmp_path / f"set/{int(attributes[i, 0])}/{i}.png", image)
-    monkeypatch.setattr(real, "make_all", pretend)
-    more = dict(data=tmp_path / "set", out=tmp_path / "out", results=tmp_path / "results")
-    real.main(settings("real_images", named="drawings", n_samples=150, judge_steps=3, scale=0.5, **more))
-    text = (tmp_path / "results/cifar10_cpu.md").read_text()
-    found = dict(re.findall(r"^\| ([^|]+) \| ([\d.]+) \|$", text, re.MULTILINE))
-    assert text.startswith("drawings, 150 images of each network, 0.5 of the steps") and "commit abc" in text
-    assert len(found) == 7 and Image.open(tmp_path / "results/cifar10_cpu.png").width > 500
-    assert float(found["teacher, 25 calls"]) < 0.2 * float(found["student, guided, 1 call"])
-    with pytest.raises(common.UserError, match="fewer images than twice"):
-        real.main(settings("real_images", n_samples=201, **more))
+    script("export").main(cfg)
+    z, labels = torch.randn(5, 3, 16, 16), torch.arange(5) % 4
+    made = torch.export.load(tmp_path / "shapes/05_student.pt2").module()(z, labels)
+    torch.testing.assert_close(made, common.euler(net, z, 2, labels), atol=1e-4, rtol=1e-4)

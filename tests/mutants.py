@@ -1,0 +1,151 @@
+"""Do the tests notice? Ruins the method in one place at a time, and sees whether a test fails.
+
+    python tests/mutants.py              # all, in about ten minutes; --short: six of them; --only TEXT: some
+
+Each change below stands for an idea that somebody who changes the code might ruin. It is applied to a copy of
+the project, where a test must fail: "network second" are those of test_network.py with "second" in the name.
+A change whose old text does not occur exactly once no longer applies. The exit code is 1 if any survived.
+"""
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+MUTANTS = {  # file: (old text, new text, the idea that it ruins, the tests that must notice)
+    "01_train_teacher.py": [
+        ("x_t = s * x + (1 - s) * z", "x_t = s * z + (1 - s) * x", "t = 0 is noise", "maths flow_loss"),
+        ("labels) - (x - z))", "labels) - (z - x))", "the velocity leads to the image", "maths flow_loss"),
+        ("cfg.t_distribution, device)", '"uniform", device)', "the setting of t", "stages 01"),
+        ("torch.rand(len(x), 1, 1, 1, ", "torch.rand(1, 1, 1, 1, ", "each flips on its own", "stages 01"),
+        ("x.flip(3)", "x.flip(2)", "left and right are mirrored", "stages 01"),
+        ("labels[i].to(device)", "labels[:len(i)].to(device)", "labels belong to the images", "stages 01"),
+        ('"01_teacher.pt", trainer.ema,', '"01_teacher.pt", trainer.trained,', "the average is kept",
+         "pipeline ema")],
+    "02_generate_pairs.py": [
+        ("noise_for(cfg.seed, range(first_index + first,", "noise_for(cfg.seed, range(first,",
+         "own pairs, own noises", "stages 04"),
+        ("x = sampler(net, z.to(device).float(), steps, y)", "x = sampler(net, z.to(device).float(), 1, y)",
+         "pairs take many steps", "pipeline ema"),
+        ("labels[first:last]", "labels[:last - first]", "labels belong to the pairs", "pipeline ema")],
+    "03_annealing_reflow.py": [
+        ("math.sqrt(1 - b**2) * z + b *", "(1 - b) * z + b *", "z_beta has variance 1", "maths reflow"),
+        ("b * torch.randn_like(z)", "b * z.flip(0)", "z' is fresh in every step", "maths reflow"),
+        ("labels) - (x - z_beta))", "labels) - (x - z))", "the line of the mixed pair", "maths reflow"),
+        ("return max(0.0, 1 - k)", "return max(0.1, 1 - k)", "annealing ends at 0", "maths beta"),
+        ("math.cos(math.pi * min(1.0, k))", "math.cos(math.pi * k)", "beta stays at 0", "maths beta"),
+        ("torch.where(mirrored, z.flip(3), z)", "z", "both ends of a pair are mirrored", "stages 03"),
+        ('pairs["labels"][i]', 'pairs["labels"][:len(i)]', "labels belong to the pairs", "stages 03"),
+        ("draw_t(len(x), cfg.t_distribution, device)", "draw_t(1, cfg.t_distribution, device).expand(len(x))",
+         "each pair has a t of its own", "stages 03")],
+    "04_flow_guided_distill.py": [
+        ("torch.full(z.shape[:1], EPS,", "torch.full(z.shape[:1], 0.0,", "jumping at EPS", "maths distill"),
+        ("x_t = z + s * velocity", "x_t = z + s * flow(z, 0 * t, labels)", "the student's own step",
+         "maths guided"),
+        ("x_t + (1 - s) * flow(", "x_t + s * flow(", "the second step arrives", "maths guided"),
+        ("    with torch.no_grad():\n        # x_t", "    if True:\n        # x_t", "the target is fixed",
+         "maths guided"),
+        ("loss + cfg.guidance * guided", "loss + guided", "the weight of the guidance", "stages 04"),
+        ("cfg.t_low + (cfg.t_high - cfg.t_low) *", "cfg.t_high *", "t is above t_low", "stages 04"),
+        ("z_new, y_both = torch.randn_like(z),", "z_new, y_both = z,", "fresh noise", "stages 04"),
+        ("cfg.pair_steps, OWN_PAIRS)", "cfg.pair_steps, 0)", "own pairs, own noises", "stages 04"),
+        ("c = 0.00054 *", "c = 0.0054 *", "c of pseudo-Huber", "maths distill"),
+        ("align_corners=True)", "align_corners=False)", "LPIPS aligns corners", "metrics lpips"),
+        ("15: 256, 22: 512", "15: 256, 20: 512", "the layers that LPIPS compares", "metrics lpips"),
+        (" + 1e-20).sqrt()", ").sqrt()", "LPIPS has a gradient where all is 0", "metrics lpips")],
+    "05_eval_fid.py": [
+        ("- 2 * root_trace)", "- root_trace)", "the trace of the root counts twice", "metrics frechet"),
+        ("/ (n - 1).clamp(min=1)", "/ n", "the covariance is unbiased", "metrics frechet"),
+        ("* (n / size)", "* ((n - 1) / (size - 1))", "TensorFlow 1's resize", "metrics tf1"),
+        ("(resize_tf1(x) - 128) / 128", "resize_tf1(x) / 127.5 - 1", "scales by 128", "metrics inception"),
+        ('("Mixed_7c", "max")', '("Mixed_7c", "avg")', "Inception ends with max", "metrics inception"),
+        ("count_include_pad=False", "count_include_pad=True", "Inception's average has no padding",
+         "metrics inception"),
+        ("+ 1) / 2 * 255)", "+ 1) / 2 * 255 + 0.5)", "the official code truncates", "metrics quantise"),
+        ("names.index(cfg.label)", "0", "--label draws what is asked for", "pipeline png"),
+        ("n_fewest >= fc.in_features or", "True or", "few images make FID too large", "metrics fid_of"),
+        ("argmax(1)", "argmin(1)", "the judge names the highest score", "pipeline named"),
+        ("macs -= sum(", "macs -= 0 * sum(", "MACs as the paper counts", "network parameters")],
+    "common.py": [
+        ("10**9, 2 * 10**9", "10**9, 10**9", "no noise is judged that was trained on", "maths noise"),
+        ("EVALUATION + i for", "i for", "no noise is judged that was trained on", "maths noise"),
+        ("float() / 127.5 - 1", "float() / 128 - 1", "255 is white", "data drawings"),
+        ("127.5).round()", "127.5)", "rounding to uint8", "data drawings"),
+        ("[labels[i] // len(COLOURS)]", "[labels[i] % 3]", "labels name the shape", "data drawings"),
+        ("ImageOps.exif_transpose(image)", "image", "photos are turned upright", "data upright"),
+        ('.mode.startswith("I")', '.mode.startswith("Z")', "16-bit images", "data upright"),
+        ("ImageOps.fit(image,", "ImageOps.pad(image,", "the centre is cropped", "data upright"),
+        ("[angles.sin(), angles.cos()]", "[angles.cos(), angles.sin()]", "sines first", "network second"),
+        ("999 * t[:, None]", "100 * t[:, None]", "t counts to 999", "network second"),
+        ("self.attention((x + h) * math.sqrt(0.5))", "self.attention(x + h)", "variance", "network second"),
+        ("* math.sqrt(classes))", ")", "the scale of labels", "network known"),
+        ("self.dropout(F.silu(self.norm1(h)))", "F.silu(self.norm1(h))", "dropout", "network begins"),
+        ("NEARLY_ZERO = 1e-10", "NEARLY_ZERO = 1.0", "the network begins by answering 0", "network begins"),
+        ("EPS + (1 - EPS) * t\n", "t\n", "t begins at EPS", "maths draw_t"),
+        ("torch.randn(n, device=device).sigmoid()", "torch.rand(n)", "logit-normal t", "maths draw_t"),
+        ("net(x, t, labels) / steps", "net(x, t, labels)", "Euler's step is 1/N", "maths euler"),
+        ("EPS + (1 - EPS) * i / steps", "i / steps", "sampling begins at EPS", "maths euler"),
+        ("(step + 1) / max(1", "step / max(1", "the first step counts", "maths rate"),
+        ("max(1.0, cfg.cooldown *", "max(1.0, 0 *", "the learning rate falls", "maths rate"),
+        ("min(decay, (1 + n) / (10 + n))\n", "decay\n", "the EMA forgets", "maths ramp"),
+        ("lerp_(gradient, 0.05)", "lerp_(gradient, 0.1)", "Muon's momentum", "maths hand"),
+        ("gradient.lerp(momentum, 0.95)", "momentum", "Nesterov's look ahead", "maths hand"),
+        ("beta=3.4445", "beta=3.4", "Newton-Schulz", "maths hand"),
+        ("min(p.shape[:2]) > 3", "min(p.shape[:2]) > 2", "Muon is for hidden layers", "maths hand"),
+        ("betas=(0.9, 0.999)", "betas=(0.9, 0.99)", "Adam's betas", "maths hand"),
+        ("self.trained.parameters(), 1.0)", "self.trained.parameters(), 9.0)", "clipping", "maths hand"),
+        ("net.train()", "net.eval()", "dropout in training", "stages 03"),
+        ("copy.deepcopy(net).eval()", "copy.deepcopy(net)", "no dropout in the average", "stages 03"),
+        ("spawn_key=(step, RANK)", "spawn_key=(RANK,)", "no number is drawn twice", "stages 03"),
+        ("spawn_key=(step, RANK)", "spawn_key=(step,)", "processes draw others", "maths process"),
+        ('load_state_dict(state["ema"])', 'load_state_dict(state["weights"])', "the state has the average",
+         "maths bits"),
+        ("optimizer.load_state_dict(saved)", "pass", "the state has the optimisers", "maths bits"),
+        ('state["done"], state["strips"]', 'state["done"], {}', "the state has the samples", "maths bits"),
+        ('require_same_run(self.path, state["run"], self.run)', "pass", "other settings are refused",
+         "maths another"),
+        ("recent.isfinite().all()", "True", "NaN is noticed", "maths finite"),
+        ('["id"] == identity', '["id"] != ""', "what is out of date is refused", "pipeline mixed"),
+        ("archive.testzip() is None", "True", "damage is noticed", "maths damaged")],
+}
+SHORT = ("t = 0 is noise", "z_beta has variance 1", "the student's own step", "sines first", "Nesterov",
+         "the covariance is unbiased")
+
+
+def verdict(copy, name, old, new, tests):
+    """"caught" if the tests fail once the text is changed, in the copy of the project."""
+    path, text = copy / name, (ROOT / name).read_text()
+    if text.count(old) != 1:
+        return "NO LONGER APPLIES"
+    path.write_text(text.replace(old, new))
+    tests, names = tests.split()
+    command = [sys.executable, "-m", "pytest", "-x", "-q", f"tests/test_{tests}.py", "-k", names]
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}  # the text changes faster than its date
+    done = subprocess.run(command, cwd=copy, env=environment, capture_output=True)
+    path.write_text(text)
+    return {0: "SURVIVED", 1: "caught"}.get(done.returncode, f"pytest ended with {done.returncode}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--short", action="store_true", help="six of them")
+    parser.add_argument("--only", default="", help="those that mention this text")
+    given, found = parser.parse_args(), []
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder, "project")
+        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "out", "data", "__pycache__"))
+        for name, mutants in MUTANTS.items():
+            for old, new, idea, tests in mutants:
+                short = not given.short or idea.startswith(SHORT)
+                if short and given.only in f"{name} {old} {new} {idea} {tests}":
+                    found.append(verdict(copy, name, old, new, tests))
+                    print(f"| {found[-1]:8} | {name[:2]} | {idea} | {old!r} -> {new!r}", flush=True)
+    print(f"{found.count('caught')} of {len(found)} caught")
+    sys.exit(found.count("caught") < len(found))
+
+
+if __name__ == "__main__":
+    main()
