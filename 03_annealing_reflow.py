@@ -23,7 +23,7 @@ could be measured; the paper's gain is on CIFAR-10 after 800,000 steps.)
 
 Reads   out/<preset>/02_pairs.pt
 Writes  out/<preset>/03_reflow.pt, 03_samples.png; 03_state.pt, from which a run continues
-Takes   shapes: a minute on 2 CPU cores (AMD EPYC, torch 2.13, bf16)
+Takes   shapes: half a minute on 2 CPU cores (AMD EPYC, torch 2.13, bf16)
 """
 import math
 

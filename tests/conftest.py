@@ -25,8 +25,7 @@ TINY = {
     "02": dict(n_pairs=40, sample_steps=2, precision="fp32"),
     "03": dict(base=8, mult="1,1", attn="8", steps=4, batch=8, anneal_steps=3, dropout=0.5, precision="fp32"),
     "04": dict(steps=4, batch=8, precision="fp32"),
-    "05": dict(n_samples=120, teacher_steps=2, flow_steps=2, precision="fp32"),
-}
+    "05": dict(n_samples=120, teacher_steps=2, flow_steps=2, precision="fp32")}
 
 
 def script(number):
@@ -60,8 +59,9 @@ def call(number, out, *flags, **settings):
 
 def refused(number, out, *flags, **settings):
     """The line with which the script ends early, through the same guard that a user meets."""
+    s, argv = script(number), arguments(number, out, *flags, **settings)
     with pytest.raises(SystemExit) as stopped:
-        common.run(script(number).main, script(number).SETTINGS, "", arguments(number, out, *flags, **settings))
+        common.run(s.main, s.SETTINGS, "", argv)
     assert re.match("(error|stopped).*$", stopped.value.code)
     return stopped.value.code
 

@@ -1,7 +1,4 @@
-"""README and docs, whose commands all run (small and short); the extras, without the hours that some take.
-
-Left to others: the commands of .ci/run (all five stages, the tests, only sampling).
-"""
+"""README and docs, whose commands all run (small and short); the extras, without the hours that some take."""
 import copy
 import re
 import shlex

@@ -122,7 +122,6 @@ def test_without_classes_and_with_classes_of_ones_own(tmp_path):
     call("04", tmp_path, **own, n_pairs=20, pair_steps=1, distance="huber", pairs_from="flow")
     call("05", tmp_path, **own, metric="none", n_samples=12)
     assert {row["distance"] for row in results(tmp_path, preset="imagenet64")["rows"]} == {None}
-    call("05", tmp_path, **own, metric="none", png=2, label="2")
     assert re.search("--label 3: .*0, 1, 2", refused("05", tmp_path, **own, metric="none", png=2, label="3"))
 
 
@@ -148,7 +147,6 @@ def test_two_processes_make_the_same_pairs_and_distances_and_train_to_the_end(fi
     for one, two in zip(*(results(out)["rows"] for out in (finished, tmp_path))):
         assert (two["distance"], two["named"]) == pytest.approx((one["distance"], one["named"]), rel=1e-6)
     assert len(re.findall("step      4/4 [|] loss [0-9.]+", output)) == 1  # only process 0 prints
-    assert artifact(tmp_path, "03_reflow.pt")["id"] != artifact(finished, "03_reflow.pt")["id"]
 
 
 def test_signals_and_kills_at_any_moment_change_nothing(finished, tmp_path):

@@ -100,8 +100,7 @@ def test_stage_04_hands_over_pairs_and_fresh_noise_and_weighs(finished, tmp_path
     assert (pair.sum(1) == 1).all() and torch.equal(pair, matches(x, pairs["x"]))
     assert torch.equal(y, pairs["labels"][pair.int().argmax(1)])
     assert abs(fresh.std() - 1) < 0.02 and len(fresh.unique(dim=0)) == len(t.unique()) == 48
-    assert not matches(fresh, pairs["z"]).any()
-    assert 0.3 <= t.min() < 0.31 < 0.39 < t.max() <= 0.4
+    assert not matches(fresh, pairs["z"]).any() and 0.3 <= t.min() < 0.31 < 0.39 < t.max() <= 0.4
     weights = artifact(tmp_path, "03_reflow.pt")["weights"]
     for asked, one, two, update in zip(*(calls[name] for name in [*LOSSES["04"], "update"])):
         torch.testing.assert_close(update["loss"], one["result"] + guidance * two["result"])
