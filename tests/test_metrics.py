@@ -174,5 +174,6 @@ def test_lpips_is_what_its_definition_says_with_weights_from_the_published_files
     torch.testing.assert_close(lpips(x[:, :, ::2, ::2], y), lpips(large, y))
     for i in (0, 2):
         lpips.features[i].bias.fill_(-100.0)  # every ReLU is off: no division of 0 by 0
-    lpips(x.requires_grad_(), y).sum().backward()
-    assert x.grad.isfinite().all()
+    distance = lpips(x.requires_grad_(), y).sum()
+    distance.backward()
+    assert distance.isfinite() and x.grad.isfinite().all()
