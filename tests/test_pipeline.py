@@ -127,8 +127,9 @@ def test_without_classes_and_with_classes_of_ones_own(tmp_path):
 
 # ------------------------------------------------------------------------- broken off, and several processes
 
-def start(*command):
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}  # for the same bits
+def start(*command, processes=1):
+    threads = torch.get_num_threads() // processes  # as many as here, for the same bits
+    environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, threads))}
     return subprocess.Popen([sys.executable, *map(str, command)], env=environment, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
@@ -142,7 +143,7 @@ def output_of(run):
 def test_two_processes_make_the_same_pairs_and_distances_and_train_to_the_end(finished, tmp_path):
     shutil.copytree(finished / "shapes", tmp_path / "shapes")
     two = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", RUN)
-    output = output_of(start(*two, "02,05,03", tmp_path, "--restart"))
+    output = output_of(start(*two, "02,05,03", tmp_path, "--restart", processes=2))
     assert same(*(artifact(out, "02_pairs.pt") for out in (finished, tmp_path)))
     for one, two in zip(*(results(out)["rows"] for out in (finished, tmp_path))):
         assert (two["distance"], two["named"]) == pytest.approx((one["distance"], one["named"]), rel=1e-6)
