@@ -90,9 +90,8 @@ def main(cfg):
     # 3. Training.
     trainer = Trainer(cfg, "01 teacher", net, made_from)
     for step in trainer.steps():
-        i = torch.randint(len(images), (trainer.batch,))
-        x = from_uint8(images[i].to(device))  # (B, 3, H, W)
-        y = labels[i].to(device) if classes else None
+        x, y = trainer.draw(images, labels if classes else None)
+        x = from_uint8(x)  # (B, 3, H, W)
         if cfg.flip:  # a mirrored photo is as good a photo: twice the images
             mirrored = torch.rand(len(x), 1, 1, 1, device=device) < 0.5
             x = torch.where(mirrored, x.flip(3), x)

@@ -29,8 +29,8 @@ import math
 
 import torch
 
-from common import (Trainer, UNet, UserError, draw_t, load, on_device, require, run, samples, save_grid,
-                    save_network, say, start)
+from common import (Trainer, UNet, UserError, draw_t, load, load_network, on_device, require, run, samples,
+                    save_grid, save_network, say, start)
 
 SETTINGS = [
     # name           shapes     cifar10_quick  cifar10    ffhq64     imagenet64
@@ -43,6 +43,7 @@ SETTINGS = [
     ("blocks",       1,         2,             2,         2,         3,          "residual blocks per level"),
     ("attn",         (8,),      (16,),         (16,),     (16,),     (16,),      "sizes with attention"),
     ("dropout",      0.0,       0.0,           0.15,      0.15,      0.13,       "probability"),
+    ("start_from",   "scratch", "scratch",     "scratch", "scratch", "scratch",  "or teacher: as large"),
     # Training.
     ("t_distribution", "early", "uniform",     "uniform", "uniform", "uniform",  "of t, see draw_t()"),
     ("optimizer",    "muon",    "adam",        "adam",     "adam",    "adam",    "adam or muon"),
@@ -94,17 +95,20 @@ def main(cfg):
     size, classes = pairs["network"]["image_size"], pairs["network"]["classes"]
     say(f"pairs | {len(pairs['x']):,} of {size}x{size}")
 
-    # 2. The small network, from random weights: in stage 04 it becomes the student.
+    # 2. The small network, from random weights. In stage 04 it becomes the student.
     net = UNet(size, 3, cfg.base, cfg.mult, cfg.blocks, cfg.attn, classes, cfg.dropout)
     net = on_device(net, device, cfg.precision)
+    if cfg.start_from == "teacher":  # the usual reflow: its weights, and so its size
+        net, _ = load_network(cfg, "01_teacher.pt", device)
+    else:
+        require(cfg.start_from == "scratch", f"--start_from {cfg.start_from}: choose scratch or teacher")
     say(f"small network | {sum(p.numel() for p in net.parameters()):,} parameters")
 
     # 3. Training, while beta falls.
     trainer = Trainer(cfg, "03 reflow", net, pairs["lineage"])
     for step in trainer.steps():
-        i = torch.randint(len(pairs["x"]), (trainer.batch,))
-        z, x = pairs["z"][i].to(device).float(), pairs["x"][i].to(device).float()  # (B, 3, H, W)
-        y = pairs["labels"][i].to(device) if classes else None
+        z, x, y = trainer.draw(pairs["z"], pairs["x"], pairs["labels"])
+        z, x = z.float(), x.float()  # (B, 3, H, W)
         if cfg.flip:
             # Mirror both ends: the mirrored noise leads to the mirrored image, if the teacher treats left and
             # right alike. It does so as far as --flip in stage 01 has taught it; nothing built in ensures it.

@@ -35,13 +35,14 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import (EPS, OWN_PAIRS, Trainer, UNet, UserError, download, load, load_network, on_device,
-                    require, run, samples, save_grid, save_network, say, start)
+from common import (EPS, OWN_PAIRS, Trainer, UNet, UserError, compiled, download, load, load_network,
+                    on_device, require, run, samples, save_grid, save_network, say, start)
 
 SETTINGS = [
     # name         shapes     cifar10_quick  cifar10   ffhq64    imagenet64
     ("distance",   "huber",   "lpips",       "lpips",  "lpips",  "lpips",    "D: l2, huber or lpips"),
     ("guidance",   1.0,       1.0,           1.0,      1.0,      1.0,        "weight of L_2step; 0: off"),
+    ("guide_from", "noise",   "noise",       "noise",  "noise",  "noise",    "noise (new) or pairs"),
     ("t_low",      0.2,       0.2,           0.2,      0.2,      0.2,        "official code: t from 0.2"),
     ("t_high",     0.8,       0.8,           0.8,      0.8,      0.8,        "official code: t to 0.8"),
     # `shapes` learns from the pairs that are there already; the paper's best students from the flow's own.
@@ -106,6 +107,7 @@ def main(cfg):
     device = start(cfg, "04 student")
     require(cfg.t_low <= cfg.t_high <= 1, f"--t_low {cfg.t_low} must not be above --t_high {cfg.t_high}, or "
             "that above 1")
+    require(cfg.guide_from in ("noise", "pairs"), f"--guide_from {cfg.guide_from}: choose noise or pairs")
 
     # 1. The 2-rectified flow v, and the student v' that starts as its copy.
     flow, artifact = load_network(cfg, "03_reflow.pt", device)
@@ -130,20 +132,20 @@ def main(cfg):
     require(cfg.pairs_from in ("flow", "teacher"), f"--pairs_from {cfg.pairs_from}: choose teacher or flow")
     pairs = load(cfg, "04_pairs.pt" if cfg.pairs_from == "flow" else "02_pairs.pt")
     made_from = {**artifact["lineage"], **pairs["lineage"]}
-    flow.requires_grad_(False)
+    compiled(flow, cfg.steps).requires_grad_(False)
     say(f"pairs | {len(pairs['x']):,} of the {cfg.pairs_from}'s")
 
     # 4. Training: L_distill + guidance L_2step.
     trainer = Trainer(cfg, "04 student", student, made_from)
     for step in trainer.steps():
-        i = torch.randint(len(pairs["x"]), (trainer.batch,))
-        z, x = pairs["z"][i].to(device).float(), pairs["x"][i].to(device).float()  # (B, 3, H, W)
-        y = None if pairs["labels"] is None else pairs["labels"][i].to(device)
+        z, x, y = trainer.draw(pairs["z"], pairs["x"], pairs["labels"])
+        z, x = z.float(), x.float()  # (B, 3, H, W)
         if cfg.guidance == 0:
             trainer.update(distill_loss(first_step(trainer.net, z, y), z, x, distance))
             continue
         # The student answers for both noises in one call, (2B, 3, H, W); the flow is called once.
-        z_new, y_both = torch.randn_like(z), None if y is None else torch.cat([y, y])
+        z_new = torch.randn_like(z) if cfg.guide_from == "noise" else z
+        y_both = None if y is None else torch.cat([y, y])
         v_pairs, v_new = first_step(trainer.net, torch.cat([z, z_new]), y_both).chunk(2)
         t = cfg.t_low + (cfg.t_high - cfg.t_low) * torch.rand(len(z), device=device)
         loss = distill_loss(v_pairs, z, x, distance)

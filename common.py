@@ -15,6 +15,7 @@ the code that its authors published) or "ours:". The settings of cifar10 and ffh
 text says otherwise; those of the other presets are ours.
 """
 import argparse
+import concurrent.futures
 import contextlib
 import copy
 import datetime
@@ -128,6 +129,7 @@ def start(cfg, name):
         if device.startswith("cuda"):
             torch.cuda.set_device(int(device[5:] or os.environ.get("LOCAL_RANK", 0)))
             torch.backends.cudnn.allow_tf32 = False  # fp32 means float32
+            torch.backends.cudnn.benchmark = True  # look for the fastest convolution
             has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         device = torch.zeros(1, device=device).device
     except (RuntimeError, AssertionError, ValueError) as error:
@@ -440,10 +442,16 @@ def init_(layer, scale=1.0):
     return layer
 
 
-def group_norm(channels):
-    groups = min(channels // 4, 32)
-    require(groups and channels % groups == 0, f"{channels} channels: make --base a multiple of 32")
-    return nn.GroupNorm(groups, channels, eps=1e-6)
+class GroupNorm(nn.GroupNorm):
+    """Of 4 channels or more, in at most 32 groups. Its result is as precise as its input, bf16 or fp32."""
+
+    def __init__(self, channels):
+        groups = min(channels // 4, 32)
+        require(groups and channels % groups == 0, f"{channels} channels: make --base a multiple of 32")
+        super().__init__(groups, channels, eps=1e-6)
+
+    def forward(self, x):
+        return super().forward(x).to(x.dtype)  # autocast has it in float32, twice the memory for SiLU to read
 
 
 class Attention(nn.Module):
@@ -451,7 +459,7 @@ class Attention(nn.Module):
 
     def __init__(self, channels):
         super().__init__()
-        self.norm = group_norm(channels)
+        self.norm = GroupNorm(channels)
         self.qkv = init_(nn.Conv2d(channels, 3 * channels, 1), 0.2)
         self.proj = init_(nn.Conv2d(channels, channels, 1), NEARLY_ZERO)
 
@@ -472,10 +480,10 @@ class ResBlock(nn.Module):
         super().__init__()
         self.up = up
         self.resample = nn.Upsample(scale_factor=2) if up else nn.AvgPool2d(2) if down else nn.Identity()
-        self.norm0 = group_norm(c_in)
+        self.norm0 = GroupNorm(c_in)
         self.conv0 = init_(nn.Conv2d(c_in, c_out, 3, padding=1))
         self.emb = init_(nn.Linear(c_emb, c_out))
-        self.norm1 = group_norm(c_out)
+        self.norm1 = GroupNorm(c_out)
         self.dropout = nn.Dropout(dropout)
         self.conv1 = init_(nn.Conv2d(c_out, c_out, 3, padding=1), NEARLY_ZERO)
         self.skip = init_(nn.Conv2d(c_in, c_out, 1)) if c_in != c_out or up or down else nn.Identity()
@@ -483,7 +491,7 @@ class ResBlock(nn.Module):
 
     def forward(self, x, emb):
         h = self.conv0(self.resample(F.silu(self.norm0(x))))
-        h = h + self.emb(F.silu(emb))[:, :, None, None]
+        h = h + self.emb(emb)[:, :, None, None]
         h = self.conv1(self.dropout(F.silu(self.norm1(h))))
         x = self.skip(self.resample(x))
         return self.attention((x + h) * math.sqrt(0.5))  # a sum of two has twice the variance: undone
@@ -533,7 +541,7 @@ class UNet(nn.Module):
             if level > 0:
                 self.decoder.append(ResBlock(c, c, c_emb, dropout, up=True))
                 size *= 2
-        self.norm_out = group_norm(c)
+        self.norm_out = GroupNorm(c)
         self.conv_out = init_(nn.Conv2d(c, channels, 3, padding=1), NEARLY_ZERO)
 
     def embed(self, t, labels):
@@ -545,7 +553,7 @@ class UNet(nn.Module):
         if labels is not None:
             classes = self.label.in_features
             emb = emb + self.label(F.one_hot(labels, classes).to(emb.dtype) * math.sqrt(classes))
-        return self.time1(F.silu(self.time0(emb)))
+        return F.silu(self.time1(F.silu(self.time0(emb))))
 
     def forward(self, x, t, labels=None):
         """x (B, C, H, W), t (B,) in [0, 1], labels int64 (B,) or None -> velocity (B, C, H, W)."""
@@ -571,6 +579,18 @@ def on_device(net, device, precision):
     net.precision = precision
     last = device.type == "cpu" and precision == "fp32"
     return net.to(device, memory_format=torch.channels_last if last else torch.contiguous_format)
+
+
+def compiled(net, calls):
+    """The network, compiled if it is on a CUDA GPU and called so often that the wait of a minute pays.
+
+    torch.compile fuses all that lies between the convolutions. What it cannot compile runs as it is, and
+    torch says why.
+    """
+    if net.conv_in.weight.is_cuda and calls >= 5000:
+        torch._dynamo.config.suppress_errors = True
+        net.to(memory_format=torch.channels_last).compile()  # a tensor core's layout
+    return net
 
 
 # ------------------------------------------------------------------------------------- sampling and training
@@ -620,14 +640,14 @@ def learning_rate(step, cfg):
 
 
 @torch.no_grad()
-def ema_update(ema, net, decay, n):
+def ema_update(averages, weights, decay, n):
     """theta' <- d theta' + (1 - d) theta,  d = min(decay, (1 + n) / (10 + n)),  n = updates with this one.
 
     The weights theta jitter from batch to batch. Their moving average theta' does not, and makes better
     images. d rises with n, to forget the first weights; the paper's 0.999999 is out of reach (n = 9 million).
     """
     d = min(decay, (1 + n) / (10 + n))
-    torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - d)
+    torch._foreach_lerp_(averages, weights, 1 - d)
 
 
 class Muon(torch.optim.Optimizer):
@@ -655,8 +675,9 @@ class Muon(torch.optim.Optimizer):
                 a = x @ x.mT
                 b = torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315)  # b = -4.7750 a + 2.0315 a a
                 x = torch.baddbmm(x, b, x, beta=3.4445)  # x <- 3.4445 x + b x
-            for p, step in zip(group["params"], x):  # weights change by 0.2 lr on average, as Adam's do
-                p.sub_(step.view_as(p), alpha=0.2 * math.sqrt(max(step.shape)) * group["lr"])
+            updates = [update.view_as(p) for p, update in zip(group["params"], x)]
+            size = 0.2 * math.sqrt(max(x.shape[1:]))  # weights change by 0.2 lr on average, as Adam's do
+            torch._foreach_sub_(group["params"], updates, alpha=size * group["lr"])
 
 
 class Trainer:
@@ -673,8 +694,10 @@ class Trainer:
                 f"{cfg.batch} must be at least 1, and the batch a multiple of the {WORLD} processes")
         self.cfg, self.name, self.path = cfg, name, cfg.folder / f"{name[:2]}_state.pt"
         self.batch = cfg.batch // WORLD  # of this process
-        self.trained = net.train()  # with dropout
+        self.trained = compiled(net, cfg.steps).train()  # with dropout
         self.ema = copy.deepcopy(net).eval().requires_grad_(False)  # without
+        self.weights, self.averages = list(net.parameters()), list(self.ema.parameters())
+        self.device = self.weights[0].device
         require(cfg.optimizer in ("adam", "muon"), f"--optimizer {cfg.optimizer}: choose adam or muon")
         hidden = {name: p for name, p in net.named_parameters()  # the 3x3 convolutions but the first and last
                   if cfg.optimizer == "muon" and p.shape[2:] == (3, 3) and min(p.shape[:2]) > 3}
@@ -683,6 +706,9 @@ class Trainer:
         if hidden:
             self.optimizers.append(Muon(hidden.values()))
         self.done, self.recent, self.note = 0, [], ""  # steps done; of the last ones (loss, gradient norm)
+        # See draw(). The thread that reads ahead must not have further threads, which would slow training.
+        self.reader = concurrent.futures.ThreadPoolExecutor(1, "", torch.set_num_threads, (1,))
+        self.ahead = None
         self.strips = {}  # samples along the way
         self.run = {**settings_of(cfg), "data": "", "made from": made_from}  # data: by fingerprint, not path
         if cfg.restart and RANK == 0:
@@ -706,8 +732,7 @@ class Trainer:
                 signal.signal(number, lambda *_: asked_to_stop.append(True))
         began = logged = saved = time.time()
         for step in range(first, cfg.steps):
-            seeds = np.random.SeedSequence(cfg.seed, spawn_key=(step, RANK))
-            torch.manual_seed(int(seeds.generate_state(1)[0]))
+            torch.manual_seed(self.seed(step, use=1))
             yield step
             end, now = self.done == cfg.steps or bool(asked_to_stop), time.time()
             save_now = end or now - saved > SAVE_SECONDS
@@ -728,17 +753,38 @@ class Trainer:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.default_int_handler)
 
+    def seed(self, step, use):
+        return int(np.random.SeedSequence(self.cfg.seed, spawn_key=(step, RANK, use)).generate_state(1)[0])
+
+    def draw(self, *tensors):
+        """The same rows, at random, of each tensor (None stays None): a list, on the device.
+
+        Those of the next step are read meanwhile by a thread. So a GPU waits neither for memory nor a disk.
+        """
+        def rows(step):
+            generator = torch.Generator().manual_seed(self.seed(step, use=2))
+            i = torch.randint(len(tensors[0]), (self.batch,), generator=generator)
+            parts = [None if tensor is None else tensor[i] for tensor in tensors]
+            if self.device.type == "cuda":  # from pinned memory it copies while the program goes on
+                parts = [None if part is None else part.pin_memory() for part in parts]
+            return parts
+
+        parts = self.ahead.result() if self.ahead else rows(self.done)
+        self.ahead = self.reader.submit(rows, self.done + 1)
+        return [None if part is None else part.to(self.device, non_blocking=True) for part in parts]
+
     def update(self, loss, note=""):
         """One step down the gradient of `loss`, and one of the EMA. `note` is for the log line."""
-        self.trained.zero_grad()
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.trained.parameters(), 1.0)  # paper: 1
+        norm = nn.utils.clip_grad_norm_(self.weights, 1.0)  # paper: 1
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(self.done, self.cfg)
             optimizer.step()
         self.done += 1
-        ema_update(self.ema, self.trained, self.cfg.ema, self.done)
+        ema_update(self.averages, self.weights, self.cfg.ema, self.done)
         self.recent.append(torch.stack([loss.detach(), norm]))  # to read it here would be to wait for the GPU
         self.note = f"{note} | " if note else ""
 

@@ -114,9 +114,9 @@ def plain_attention(self, x):
 
 
 @torch.no_grad()
-def plain_ema_update(ema, net, decay, n):
+def plain_ema_update(averages, weights, decay, n):
     """common.ema_update from tensor to tensor."""
-    for shadow, p in zip(ema.parameters(), net.parameters()):
+    for shadow, p in zip(averages, weights):
         shadow.sub_((shadow - p) * (1 - min(decay, (1 + n) / (10 + n))))
 
 
@@ -129,8 +129,7 @@ def training_step(cfg, net, pairs, device, plain):
             trainer.optimizers = [torch.optim.Adam(net.parameters(), cfg.lr, foreach=False)]
         for step in trainer.steps():
             began.append(now(device))
-            i = torch.randint(len(pairs["x"]), (trainer.batch,))
-            z, x = pairs["z"][i].to(device).float(), pairs["x"][i].to(device).float()
+            z, x = (part.float() for part in trainer.draw(pairs["z"], pairs["x"]))
             mirrored = torch.rand(len(x), 1, 1, 1, device=device) < 0.5
             z, x = torch.where(mirrored, z.flip(3), z), torch.where(mirrored, x.flip(3), x)
             t = torch.rand(len(x), device=device)

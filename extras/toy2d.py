@@ -56,7 +56,7 @@ def train(net, loss_at):
         loss.backward()
         optimizer.param_groups[0]["lr"] = LR * (1 - step / STEPS)
         optimizer.step()
-        ema_update(ema, net, 0.995, step)
+        ema_update(list(ema.parameters()), list(net.parameters()), 0.995, step)
     return ema
 
 

@@ -127,7 +127,7 @@ def test_beta_ema_ramp_and_learning_rate():
     net, ema = UNet(8, base=8, mult=(1,), blocks=1), UNet(8, base=8, mult=(1,), blocks=1)
     for n, d in ((1, 2 / 11), (1000, 0.9)):  # d = min(0.9, (1 + n) / (10 + n))
         before = ema.conv_in.weight.clone()
-        ema_update(ema, net, 0.9, n)
+        ema_update(list(ema.parameters()), list(net.parameters()), 0.9, n)
         torch.testing.assert_close(ema.conv_in.weight.data, d * before + (1 - d) * net.conv_in.weight)
     cfg = SimpleNamespace(steps=100, warmup=10, cooldown=0.2, lr=2.0)
     rates = [common.learning_rate(k, cfg) for k in (0, 9, 50, 80, 90, 99)]
