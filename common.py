@@ -443,7 +443,7 @@ def init_(layer, scale=1.0):
 
 
 class GroupNorm(nn.GroupNorm):
-    """Of 4 channels or more, in at most 32 groups. Its result is as precise as its input, bf16 or fp32."""
+    """In groups of 4 channels or more, at most 32 of them. Its result has the type of its input."""
 
     def __init__(self, channels):
         groups = min(channels // 4, 32)
@@ -451,7 +451,10 @@ class GroupNorm(nn.GroupNorm):
         super().__init__(groups, channels, eps=1e-6)
 
     def forward(self, x):
-        return super().forward(x).to(x.dtype)  # autocast has it in float32, twice the memory for SiLU to read
+        if x.dtype == torch.float32:
+            return super().forward(x)
+        with torch.autocast(x.device.type, enabled=False):  # on a GPU it would make all float32: twice the bytes
+            return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
 class Attention(nn.Module):
@@ -587,7 +590,7 @@ def compiled(net, calls):
     torch.compile fuses all that lies between the convolutions. What it cannot compile runs as it is, and
     torch says why.
     """
-    if net.conv_in.weight.is_cuda and calls >= 5000:
+    if next(net.parameters()).is_cuda and calls >= 5000:
         torch._dynamo.config.suppress_errors = True
         net.to(memory_format=torch.channels_last).compile()  # a tensor core's layout
     return net
@@ -765,13 +768,12 @@ class Trainer:
             generator = torch.Generator().manual_seed(self.seed(step, use=2))
             i = torch.randint(len(tensors[0]), (self.batch,), generator=generator)
             parts = [None if tensor is None else tensor[i] for tensor in tensors]
-            if self.device.type == "cuda":  # from pinned memory it copies while the program goes on
-                parts = [None if part is None else part.pin_memory() for part in parts]
-            return parts
+            return [part.pin_memory() if cuda and part is not None else part for part in parts]
 
+        cuda = self.device.type == "cuda"  # copies from pinned memory while the program goes on
         parts = self.ahead.result() if self.ahead else rows(self.done)
         self.ahead = self.reader.submit(rows, self.done + 1)
-        return [None if part is None else part.to(self.device, non_blocking=True) for part in parts]
+        return [part if part is None else part.to(self.device, non_blocking=cuda) for part in parts]
 
     def update(self, loss, note=""):
         """One step down the gradient of `loss`, and one of the EMA. `note` is for the log line."""

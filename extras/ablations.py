@@ -10,6 +10,7 @@ shares what the grid does not vary. 05 has the same noise for all (--seed 0).
 
 Writes  extras/results/<grid>.json (all scores), .md (table and verdicts), .png; runs into <out>/ablations
 """
+import argparse
 import concurrent.futures
 import contextlib
 import hashlib
@@ -19,7 +20,7 @@ import math
 import multiprocessing
 import os
 import platform
-import re
+import shutil
 import subprocess
 import sys
 import time
@@ -63,22 +64,15 @@ class Run:
         """The run itself and all that it was made from."""
         return {self}.union(*(parent.ancestors() for parent in self.parents))
 
-    def arguments(self):
-        """The settings as on the command line."""
-        words = []
-        for key, value in self.settings:
-            if isinstance(value, bool):
-                words.append(f"--{key}" if value else f"--no-{key}")
-            else:
-                words.append(f"--{key}={','.join(map(str, value)) if isinstance(value, tuple) else value}")
-        if len(self.ancestors()) > len({task.stage for task in self.ancestors()}):
-            words.append("--allow_mixed")  # such as other pairs than those that the flow was made from
-        return words
+    def cfg(self, preset, *words):
+        """The stage's settings. Pairs may be others than those that a flow was made from."""
+        cfg = read_settings(STAGES[self.stage].SETTINGS, "", ["--preset", preset, "--allow_mixed", *words])
+        return argparse.Namespace(**{**vars(cfg), **dict(self.settings)})
 
     def depends_on(self, preset):
         """Text of all that the result depends on but the seed: every setting of this run and its parents."""
-        cfg = read_settings(STAGES[self.stage].SETTINGS, "", ["--preset", preset, *self.arguments()])
-        return "\n".join([self.stage, str(settings_of(cfg)), *(p.depends_on(preset) for p in self.parents)])
+        parents = (parent.depends_on(preset) for parent in self.parents)
+        return "\n".join([self.stage, str(settings_of(self.cfg(preset))), *parents])
 
     def folder(self, cfg, seed):
         digest = hashlib.sha256(self.depends_on(cfg.preset).encode()).hexdigest()[:10]
@@ -99,9 +93,10 @@ def make(task, seed, cfg):
         link = folder / MADE[parent.stage]
         link.unlink(missing_ok=True)  # the parent may have been made again
         os.link(parent.folder(cfg, seed) / link.name, link)
-    words = ["--preset", cfg.preset, "--seed", str(0 if task.stage == "05" else seed), *task.arguments()]
-    found = {"command": " ".join([module.__name__, *words]), "seed": seed, **origin(cfg)}
-    stage_cfg = read_settings(module.SETTINGS, "", [*words, "--out", str(folder.parent), "--device", cfg.device])
+    stage_cfg = task.cfg(cfg.preset, "--out", str(folder.parent), "--device", cfg.device,
+                         "--seed", str(0 if task.stage == "05" else seed))
+    changes = [f"{key}={value}" for key, value in task.settings]
+    found = {"run": " ".join([module.__name__, f"seed={stage_cfg.seed}", *changes]), **origin(cfg.device)}
     with open(folder / "log.txt", "a") as log, contextlib.redirect_stdout(log):
         module.main(stage_cfg)
         for results in folder.glob("05_*.json"):
@@ -111,17 +106,14 @@ def make(task, seed, cfg):
     found["seconds"] = round(time.time() - began, 1)
     with writing(folder / "done.json") as file:
         file.write(json.dumps(found).encode())
-    say(f"{found['seconds']:.0f} s | seed {seed} | {found['command']}")
+    say(f"{found['seconds']:.0f} s | {found['run']}")
     return found
 
 
 @torch.no_grad()
 def errors(cfg, rows):
-    """Adds to a flow's rows how far, squared, its images are from those that the teacher has of the same noise.
-
-    own: for the noises of the pairs that it learned from; fresh: for new ones. What is learned by heart makes
-    own smaller than fresh.
-    """
+    """Adds to a flow's rows the mean squared difference of its images and the teacher's from the same noises:
+    own, those of the pairs that it learned from, and fresh ones. Learning by heart makes own smaller."""
     device, pairs = start(cfg, "errors"), load(cfg, MADE["02"])
     (flow, _), (teacher, _) = (load_network(cfg, MADE[number], device) for number in ("03", "01"))
     z, x, y = (pairs[key].to(device) for key in ("z", "x", "labels"))
@@ -134,29 +126,33 @@ def errors(cfg, rows):
             row["fresh"] = (euler(flow, z_fresh, row["calls"], y_fresh) - x_fresh).square().mean().item()
 
 
-def origin(cfg):
+def origin(device):
     """{"commit", "machine", "date"} of a run that begins. A + after the commit: the code differs from it."""
-    words, cpu = ["git", "-C", ROOT, "describe", "--always", "--exclude=*", "--dirty=+"], Path("/proc/cpuinfo")
-    try:
-        commit = subprocess.run(words, capture_output=True, text=True).stdout.strip() or "unknown"
-    except OSError:  # no git
-        commit = "unknown"
-    models = re.findall(r"model name\s*: (.+)", cpu.read_text()) if cpu.exists() else [platform.processor()]
-    name = f"{os.cpu_count()} cores {models[0]}"
-    if torch.cuda.is_available() and cfg.device.startswith(("auto", "cuda")):
-        name = torch.cuda.get_device_name()
-    return {"commit": commit, "machine": f"{name}, torch {torch.__version__}", "date": time.strftime("%Y-%m-%d")}
+    words = ["git", "-C", str(ROOT), "describe", "--always", "--exclude=*", "--dirty=+"]
+    git = subprocess.run(words, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
+    machine = f"{os.cpu_count()} cores {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    if torch.cuda.is_available() and device.startswith(("auto", "cuda")):
+        machine = torch.cuda.get_device_name()
+    return {"commit": git or "unknown", "machine": f"{machine}, torch {torch.__version__}",
+            "date": time.strftime("%Y-%m-%d")}
+
+
+def made_with(made):
+    """A line that tells where, when, with which commits and in which time the runs were made."""
+    where, dates, commits = (", ".join(sorted({one[key] for one in made}))
+                             for key in ("machine", "date", "commit"))
+    hours = sum(one["seconds"] for one in made) / 3600
+    return f"{where}; {dates}; commit {commits}; {len(made)} runs, one after the other {hours:.1f} hours."
 
 
 def make_all(tasks, cfg):
-    """{(run, seed): what make() returns} of the runs and all that they are made from, each with every seed."""
+    """{(run, seed): what make() returns} of the runs and all that they are made from, with every seed."""
     require(not cfg.restart, f"--restart: delete {cfg.out}/ablations instead, or choose another --out")
     require(cfg.seed == 0, "--seed: every variant is run with the seeds 0, 1, ...; their number is --seeds")
     jobs, made = cfg.jobs or os.cpu_count(), {}
     needed = sorted(set().union(*(task.ancestors() for task in tasks)), key=str)
-    with concurrent.futures.ProcessPoolExecutor(
-            jobs, multiprocessing.get_context("spawn"), torch.set_num_threads,
-            (max(1, os.cpu_count() // jobs),)) as pool:
+    spawn, threads = multiprocessing.get_context("spawn"), (max(1, os.cpu_count() // jobs),)
+    with concurrent.futures.ProcessPoolExecutor(jobs, spawn, torch.set_num_threads, threads) as pool:
         for number in STAGES:  # what a run is made from is of earlier stages
             keys = [(task, seed) for task in needed if task.stage == number for seed in range(cfg.seeds)]
             say(f"stage {number} | {len(keys)} runs")
@@ -169,21 +165,25 @@ def make_all(tasks, cfg):
 @dataclass
 class Grid:
     title: str
-    columns: dict  # {title: (network in 05's table, its calls; None: the most)}
-    variants: dict = field(default_factory=dict)  # {name: the runs of 05 for it}
-    claims: list = field(default_factory=list)  # (text, better, worse), each a (factor, variant, column)
+    variants: dict = field(default_factory=dict)  # {name: (run of 05, network in its table, calls)}
+    claims: list = field(default_factory=list)  # (text, the better variant, the worse one)
+
+    def add(self, name, trained, *others):
+        """A variant for a trained student; for a flow two, with 6 calls and with one."""
+        kind, network = {"03": ("flow", "2-rectified flow"), "04": ("student", "student")}[trained.stage]
+        task = stage("05", trained, *others, only=kind, reference="shapes")
+        for calls in (6, 1) if kind == "flow" else (1,):
+            self.variants[f"{name}, {calls} calls" if kind == "flow" else name] = task, network, calls
 
     def claim(self, text, better, worse):
-        """That a variant is better than another, in every column."""
-        for column in self.columns:
-            self.claims.append((text + f", {column}" * (len(self.columns) > 1),
-                                (1, better, column), (1, worse, column)))
+        """That a variant is better than another (flows: with 6 calls, and with one), if both are there."""
+        for end in ("", ", 6 calls", ", 1 calls"):
+            if better + end in self.variants and worse + end in self.variants:
+                self.claims.append((text + end, better + end, worse + end))
 
 
 TEACHER = stage("01")
 PAIRS = stage("02", TEACHER)
-FLOW = {"6 calls": ("2-rectified flow", 6), "1 call": ("2-rectified flow", 1)}
-STUDENT = {"student": ("student", 1)}
 ABLATED = {"neither": dict(schedule="none", flip=False), "flips": dict(schedule="none"),
            "annealing": dict(flip=False), "both": {}}  # settings of 03
 HELPS = (("annealing helps, with flips", "both", "flips"), ("annealing helps", "annealing", "neither"),
@@ -199,105 +199,95 @@ def distilled(flow=reflow_of(), pairs=PAIRS, **settings):
     return stage("04", pairs, flow, **{"steps": 300, **settings})
 
 
-def evaluated(trained, *others, **settings):
-    """05 for the flow or student that a run trained."""
-    only = {"03": "flow", "04": "student"}[trained.stage]
-    return (stage("05", trained, *others, only=only, reference="shapes", **settings),)
-
-
-def whole_chain(networks, **settings):
+def whole_chain(calls, **settings):
     """05 for networks that were all made with the preset's settings, but for `settings`."""
     teacher = stage("01", **settings)
     pairs = stage("02", teacher, **settings)
     flow = stage("03", pairs, **settings)
-    return (stage("05", teacher, flow, stage("04", pairs, flow, **settings), **settings, **networks),)
+    return stage("05", teacher, flow, stage("04", pairs, flow, **settings), **settings, **calls)
 
 
 def grids():
     """{name: Grid} of all experiments."""
-    names = ("teacher", "2-rectified flow", "student")
-    calls = Grid("Calls, with the preset's training", {name: (name, None) for name in names})
-    for n in (1, 2, 4, 12):
-        networks = dict(teacher_steps=n, flow_steps=n, student_steps=n)
-        calls.variants[f"{n} calls" if n > 1 else "1 call"] = whole_chain(networks)
-    one = [(1, "1 call", name) for name in names]
-    calls.claims = [("reflow makes one call better", one[1], one[0]),
-                    ("distillation makes one call better", one[2], one[1]),
-                    ("the student's one call is at most a sixth of the teacher's", one[2],
-                     (1 / 6, "1 call", "teacher"))]
+    calls = Grid("Calls, with the preset's training")
+    for network in ("teacher", "2-rectified flow", "student"):
+        for n in (12, 4, 2, 1):
+            chain = whole_chain(dict(teacher_steps=n, flow_steps=n, student_steps=n))
+            calls.variants[f"{network}, calls: {n}"] = chain, network, n
+    calls.claim("reflow makes one call better", "2-rectified flow, calls: 1", "teacher, calls: 1")
+    calls.claim("distillation makes one call better", "student, calls: 1", "2-rectified flow, calls: 1")
 
     # Paper, Tables 3 and 4. Each pair is seen 12 times.
-    reflow = Grid("Annealing reflow, 800 steps; cosine and exponential have flips", FLOW)
+    reflow = Grid("Annealing reflow, 800 steps; cosine and exponential have flips")
     for name, settings in {**ABLATED, **{s: dict(schedule=s) for s in ("cosine", "exponential")}}.items():
-        reflow.variants[name] = evaluated(reflow_of(**settings))
+        reflow.add(name, reflow_of(**settings))
     for claim in (*HELPS, ("linear is better than cosine", "both", "cosine"),
                   ("linear is better than exponential", "both", "exponential")):
         reflow.claim(*claim)
 
     # Paper, Table 5. A guided step takes twice as long: 600 steps without guidance take the time of 300.
-    distillation = Grid("Distillation, 300 steps", STUDENT)
+    distillation, alone = Grid("Distillation, 300 steps"), dict(guidance=0.0)
     for what, settings in (("teacher's pairs", {}), ("own pairs", dict(pairs_from="flow")),
                            ("from random weights", dict(start_from="scratch"))):
-        for how, more in (("guided", {}), ("pairs only", dict(guidance=0.0)),
-                          ("pairs only, 600 steps", dict(guidance=0.0, steps=600)),
-                          ("two steps from the pairs' noise", dict(guide_from="pairs"))):
-            if what == "teacher's pairs" or how != "two steps from the pairs' noise":
-                distillation.variants[f"{what}: {how}"] = evaluated(distilled(**settings, **more))
-        for text, how in (("", "pairs only"), (" at equal time", "pairs only, 600 steps")):
-            distillation.claim(f"guidance helps{text}: {what}", f"{what}: guided", f"{what}: {how}")
-    for how in ("pairs only", "guided"):
-        distillation.claim(f"the start from the 2-rectified flow helps: {how}", f"teacher's pairs: {how}",
+        distillation.add(f"{what}: guided", distilled(**settings))
+        distillation.add(f"{what}: pairs only", distilled(**settings, **alone))
+        distillation.add(f"{what}: pairs only, 600 steps", distilled(**settings, **alone, steps=600))
+        distillation.claim(f"{what}: guidance helps", f"{what}: guided", f"{what}: pairs only")
+        distillation.claim(f"{what}: guidance helps at equal time", f"{what}: guided",
+                           f"{what}: pairs only, 600 steps")
+    for how in ("guided", "pairs only"):
+        distillation.claim(f"{how}: the start from the 2-rectified flow helps", f"teacher's pairs: {how}",
                            f"from random weights: {how}")
-        distillation.claim(f"own pairs are better than the teacher's: {how}", f"own pairs: {how}",
+        distillation.claim(f"{how}: own pairs are better than the teacher's", f"own pairs: {how}",
                            f"teacher's pairs: {how}")
     own = "teacher's pairs: two steps from the pairs' noise"
+    distillation.add(own, distilled(guide_from="pairs"))
     distillation.claim("two steps help without fresh noise", own, "teacher's pairs: pairs only")
     distillation.claim("fresh noise helps", "teacher's pairs: guided", own)
 
-    by_pairs = Grid("Distillation by the number of pairs, 300 steps (stage 03: 1,024 pairs)", STUDENT)
+    by_pairs = Grid("Distillation by the number of pairs, 300 steps (stage 03: 1,024 pairs)")
     for n in (64, 256, 1024, 4096):
         pairs = stage("02", TEACHER, n_pairs=n)
-        for how, more in (("guided", {}), ("pairs only", dict(guidance=0.0))):
-            by_pairs.variants[f"{n} pairs: {how}"] = evaluated(distilled(pairs=pairs, **more))
+        by_pairs.add(f"{n} pairs: guided", distilled(pairs=pairs))
+        by_pairs.add(f"{n} pairs: pairs only", distilled(pairs=pairs, **alone))
         by_pairs.claim(f"guidance helps with {n} pairs", f"{n} pairs: guided", f"{n} pairs: pairs only")
 
     # A flow of the teacher's size can start from the teacher's weights: what annealing is to make up for.
-    begun = Grid("Where a flow as large as the teacher starts, 800 steps", FLOW)
+    begun = Grid("Where a flow as large as the teacher starts, 800 steps")
     cfg = read_settings(STAGES["01"].SETTINGS, "", ["--preset", "shapes"])
     large = {key: getattr(cfg, key) for key in ("base", "mult", "blocks", "attn")}
-    for name, parents, settings in (
-            ("the teacher's weights", [TEACHER, PAIRS], dict(schedule="none", start_from="teacher")),
-            ("random weights", [PAIRS], dict(schedule="none")), ("random weights, annealing", [PAIRS], {})):
-        begun.variants[name] = evaluated(reflow_of(*parents, **large, **settings))
-    begun.claim("the teacher's weights are better than random ones", "the teacher's weights", "random weights")
+    trained = dict(schedule="none", start_from="teacher")
+    begun.add("the teacher's weights", reflow_of(TEACHER, PAIRS, **large, **trained))
+    begun.add("random weights", reflow_of(**large, schedule="none"))
+    begun.add("random weights, annealing", reflow_of(**large))
+    begun.claim("the teacher's weights help", "the teacher's weights", "random weights")
     begun.claim("annealing helps from random weights", "random weights, annealing", "random weights")
 
     # The paper's gain from annealing was measured after 2,000 passes over its pairs, by a network that could
     # learn them by heart. So: few pairs, in a small network, over and over. Its explanation, that fixed pairs
     # are hard to learn from random weights, predicts a smaller error on the pairs' own noise with annealing.
-    passes = Grid("Few pairs, passed over often, by a network of base 8", FLOW)
+    passes = Grid("Few pairs, passed over often, by a network of base 8")
     for n, times in ((64, 100), (64, 1000), (64, 4000), (256, 100), (256, 500)):
         pairs, steps = stage("02", TEACHER, n_pairs=n), times * n // 64
-        place = f"{n} pairs, {times:,} passes"
         for name in ABLATED if times < 4000 else ("neither", "annealing"):  # flips: to spare time
             # K: paper: 300,000 of 800,000 steps.
-            flow = reflow_of(pairs, base=8, batch=64, steps=steps, anneal_steps=steps * 3 // 8, **ABLATED[name])
-            passes.variants[f"{place}: {name}"] = evaluated(flow, TEACHER, pairs)
+            settings = dict(base=8, batch=64, steps=steps, anneal_steps=steps * 3 // 8, **ABLATED[name])
+            passes.add(f"{n} pairs, {times:,} passes: {name}", reflow_of(pairs, **settings), TEACHER, pairs)
         for text, *both in HELPS:
-            if f"{place}: {both[0]}" in passes.variants and f"{place}: {both[1]}" in passes.variants:
-                passes.claim(f"{place}: {text}", *(f"{place}: {name}" for name in both))
+            passes.claim(f"{n} pairs, {times:,} passes: {text}",
+                         *(f"{n} pairs, {times:,} passes: {name}" for name in both))
 
-    size = Grid("Students by the channels of their first level, 300 steps", STUDENT)
+    size = Grid("Students by the channels of their first level, 300 steps")
     for base in (8, 12, 16):
-        size.variants[f"base {base}"] = evaluated(distilled(reflow_of(base=base)))
+        size.add(f"base {base}", distilled(reflow_of(base=base)))
     size.claim("base 12 is better than base 8", "base 12", "base 8")
     size.claim("base 16 is better than base 12", "base 16", "base 12")
 
-    precision = Grid("All stages in fp32, and in what the machine is best at (auto)",
-                     {"teacher, 12 calls": ("teacher", 12), "flow, 6 calls": FLOW["6 calls"], **STUDENT})
-    for name in ("fp32", "auto"):
-        precision.variants[name] = whole_chain({}, precision=name)
-    precision.claim("fp32 is better", "fp32", "auto")
+    precision = Grid("All stages in fp32, and in what the machine is best at (auto)")
+    for network, n in (("teacher", 12), ("2-rectified flow", 6), ("student", 1)):
+        for name in ("fp32", "auto"):
+            precision.variants[f"{network}, {name}"] = whole_chain({}, precision=name), network, n
+        precision.claim(f"{network}: fp32 is better", f"{network}, fp32", f"{network}, auto")
     return {"calls": calls, "reflow": reflow, "distillation": distillation, "pairs": by_pairs, "start": begun,
             "passes": passes, "size": size, "precision": precision}
 
@@ -305,90 +295,68 @@ def grids():
 # ------------------------------------------------------------------------------------------------- The tables
 
 def values_of(grid, made, seeds):
-    """{(variant, column, score): [value for each seed]} from what make_all() returned."""
-    judges = {one["protocol"].get("judge") for one in made.values() if "protocol" in one}
+    """{variant: {score: [value for each seed]}} from what make_all() returned."""
+    judges = {one["protocol"]["judge"] for one in made.values() if "protocol" in one}
     require(len(judges) == 1, f"the runs had different judges ({judges}): delete their folders 05-*")
     values = {}
-    for variant, tasks in grid.variants.items():
-        for column, (network, calls) in grid.columns.items():
-            for seed in range(seeds):
-                rows = [row for task in tasks for row in made[task, seed]["rows"] if row["network"] == network]
-                row = next(row for row in rows if calls in (None, row["calls"]))  # the first has most calls
-                for score in SCORES:
-                    if row.get(score) is not None:
-                        value = float(f"{row[score] * SCORES[score][2]:.6g}")
-                        values.setdefault((variant, column, score), []).append(value)
+    for variant, (task, network, calls) in grid.variants.items():
+        rows = [row for seed in range(seeds) for row in made[task, seed]["rows"]
+                if (row["network"], row["calls"]) == (network, calls)]
+        values[variant] = {score: [float(f"{row[score] * factor:.6g}") for row in rows]
+                           for score, (_, _, factor, _) in SCORES.items() if score in rows[0]}
     return values
-
-
-def margin(claim, values, score):
-    """(mean, half of the 95 % interval) of what is gained, above 0 if the claim holds; seeds are paired."""
-    _, better, worse = claim
-    better, worse = ([factor * value for value in values[variant, column, score]]
-                     for factor, variant, column in (better, worse))
-    gains = [SCORES[score][1] * (a - b) for a, b in zip(better, worse)]
-    return mean(gains), T_QUANTILE[len(gains)] * stdev(gains) / math.sqrt(len(gains))
 
 
 def table(grid, values, made):
     """The lines of <grid>.md. made: what make() returned, of each run."""
-    scores = [score for score in SCORES if score in {key[2] for key in values}]
-    seeds, n = len(next(iter(values.values()))), 0
-    heads = [f"{column}: {SCORES[score][0]}" for column in grid.columns for score in scores]
+    scores = list(next(iter(values.values())))
+    seeds = len(values[next(iter(values))]["distance"])
     lines = [f"**{grid.title}**: mean ± standard deviation of {seeds} seeds.", "",
-             f"| variant | {' | '.join(heads)} |", "|---|" + "---:|" * len(heads)]
-    for variant in grid.variants:
-        cells = [variant]
-        for column in grid.columns:
-            for score in scores:
-                found, digits = values[variant, column, score], SCORES[score][3]
-                cells.append(f"{mean(found):.{digits}f} ± {stdev(found):.{digits}f}")
-        lines.append(f"| {' | '.join(cells)} |")
+             f"| variant | {' | '.join(SCORES[score][0] for score in scores)} |",
+             "|---|" + "---:|" * len(scores)]
+    for variant, found in values.items():
+        cells = [f"{mean(found[score]):.{SCORES[score][3]}f} ± {stdev(found[score]):.{SCORES[score][3]}f}"
+                 for score in scores]
+        lines.append(f"| {variant} | {' | '.join(cells)} |")
     lines += ["", f"| claim |{''.join(f' gain in {SCORES[score][0]} | verdict |' for score in scores)}",
               "|---|" + "---:|---|" * len(scores)]
-    for claim in grid.claims:
-        cells = [claim[0]]
+    for text, better, worse in grid.claims:
+        cells = [text]
         for score in scores:
-            if score == "named" and claim[2][0] != 1:  # a sixth of a share says nothing
-                cells += ["", ""]
-                continue
-            (middle, half), digits, n = margin(claim, values, score), SCORES[score][3], n + 1
+            _, sign, _, digits = SCORES[score]
+            gains = [sign * (a - b) for a, b in zip(values[better][score], values[worse][score])]
+            middle, half = mean(gains), T_QUANTILE[seeds] * stdev(gains) / math.sqrt(seeds)
             verdict = "shown" if middle > half else "opposite" if middle < -half else "not shown"
             cells += [f"{middle:+.{digits}f} ± {half:.{digits}f}", verdict]
         lines.append(f"| {' | '.join(cells)} |")
-    where, dates, commits = (", ".join(sorted({one[key] for one in made}))
-                             for key in ("machine", "date", "commit"))
-    hours = sum(one["seconds"] for one in made) / 3600
-    return [*lines, "", "Gains are above 0 where the claim holds, with 95 % intervals; seeds are compared in pairs."
-            f" Each interval stands for itself: of {n} gains without any truth in them, {0.05 * n:.1f} would on "
-            "average be called shown or opposite.", "",
-            f"{where}; {dates}; commit {commits}; {len(made)} runs, together {hours:.1f} hours.", ""]
+    n = len(grid.claims) * len(scores)
+    return [*lines, "", "Gains are above 0 where the claim holds, with 95 % intervals; seeds are compared in "
+            f"pairs. Each interval stands for itself: of {n} gains without any truth in them, {0.05 * n:.1f} "
+            "would on average be called shown or opposite.", "", made_with(made), ""]
 
 
 def plot(path, grid, values):
-    """A line for each variant, with a dot for each seed and a bar at the mean; a panel for each column."""
-    left, width, line, top = 330, 300, 20, 40
-    canvas = Image.new("RGB", (left + len(grid.columns) * (width + 40), top + line * len(grid.variants) + 30), "white")
+    """A line for each variant, with a dot for each seed and a bar at the mean."""
+    left, right, line, top = 310, 800, 19, 50
+    canvas = Image.new("RGB", (820, top + line * len(values) + 8), "white")
     draw = ImageDraw.Draw(canvas)
-    draw.text((8, 6), grid.title, "black", font_size=13)
-    for c, column in enumerate(grid.columns):
-        x0, found = left + c * (width + 40), [v for key in values if key[1:] == (column, "distance") for v in values[key]]
-        low, high = 0.93 * min(found), 1.07 * max(found)
+    found = [value for scores in values.values() for value in scores["distance"]]
+    low, high = 0.93 * min(found), 1.07 * max(found)
 
-        def at(value):
-            return x0 + width * math.log(value / low) / math.log(high / low)
+    def at(value):
+        return left + (right - left) * math.log(value / low) / math.log(high / low)
 
-        draw.text((x0, top - 16), f"{column}: FD-shapes, logarithmic", "black", font_size=12)
-        for tick in (0.5, 1, 1.5, 2, 2.5, 3, 3.5, 4, 5, 6, 8, 10, 12, 15, 20, 30, 40, 60, 80):
-            if low < tick < high:
-                draw.line([(at(tick), top), (at(tick), canvas.height - 28)], "#dddddd")
-                draw.text((at(tick), canvas.height - 24), f"{tick:g}", "black", font_size=11, anchor="ma")
-        for i, variant in enumerate(grid.variants):
-            y, seeds = top + line * (i + 0.5), values[variant, column, "distance"]
-            draw.text((8, y), variant, "black", font_size=12, anchor="lm")
-            draw.line([(at(mean(seeds)), y - 7), (at(mean(seeds)), y + 7)], "#d1495b", 3)
-            for value in seeds:
-                draw.ellipse([at(value) - 3, y - 3, at(value) + 3, y + 3], outline="#174a7c")
+    draw.text((8, 6), f"{grid.title}: FD-shapes, logarithmic", "black", font_size=13)
+    for tick in (0.5, 1, 1.5, 2, 2.5, 3, 3.5, 4, 5, 6, 8, 10, 12, 15, 20, 30, 40, 60, 80):
+        if low < tick < high:
+            draw.line([(at(tick), top), (at(tick), canvas.height)], "#dddddd")
+            draw.text((at(tick), top - 16), f"{tick:g}", "black", font_size=11, anchor="ma")
+    for i, (variant, scores) in enumerate(values.items()):
+        y, middle = top + line * (i + 0.5), at(mean(scores["distance"]))
+        draw.text((8, y), variant, "black", font_size=12, anchor="lm")
+        draw.line([(middle, y - 7), (middle, y + 7)], "#d1495b", 3)
+        for value in scores["distance"]:
+            draw.ellipse([at(value) - 3, y - 3, at(value) + 3, y + 3], outline="#174a7c")
     with writing(path) as file:
         canvas.save(file, "PNG")
 
@@ -400,12 +368,10 @@ def main(cfg):
     require(cfg.grid in ("all", *grids()), f"--grid {cfg.grid}: choose from all, {', '.join(grids())}")
     for name in grids() if cfg.grid == "all" else [cfg.grid]:
         grid = grids()[name]
-        made = make_all([task for tasks in grid.variants.values() for task in tasks], cfg)
+        made = make_all([task for task, _, _ in grid.variants.values()], cfg)
         values = values_of(grid, made, cfg.seeds)
         lines = table(grid, values, made.values())
-        scores = {" | ".join(key): value for key, value in values.items()}
-        commands = sorted({one["command"] for one in made.values()})
-        facts = json.dumps({"grid": name, "scores": scores, "commands": commands}, indent=0)
+        facts = json.dumps({"grid": name, "made": made_with(made.values()), "values": values}, indent=0)
         for suffix, text in (("json", facts), ("md", "\n".join(lines))):
             with writing(Path(cfg.results, f"{name}.{suffix}")) as file:
                 file.write(text.encode())

@@ -1,12 +1,15 @@
-"""Measure this machine, and how near to its limits the networks and the stages work.
+"""Measure this machine, how near to its limits the networks work, and count what every preset needs.
 
-    python extras/benchmark.py            # 5 minutes on 2 CPU cores; --quick: 2 minutes
+    python extras/benchmark.py                        # 5 minutes on 2 CPU cores; --quick: 2 minutes
+    python extras/benchmark.py --batch 128 --quick    # on a GPU
 
 The limit is the speed of a large matrix product or 3x3 convolution. Then come the networks of the presets,
 each in a process of its own: a forward pass, and a training step as in stage 03. "plain" is the same as it is
 often written: fp32, attention in single steps, an optimiser and an EMA that go from tensor to tensor. "of
 limit" counts the multiply-adds of convolutions and linear layers (of a step: three times those of a forward
-pass). At the end: what every preset costs, in counted operations, and in days at the speed that was measured.
+pass). On a GPU the last kind is compiled, and it is measured how much of a step the GPU works, whether
+something waits for it (torch warns, and names the line), and how long 50,000 images of one call and their
+Inception features take. What is counted at the end needs no GPU: kernels, bytes, memory, operations.
 
 Writes  out/benchmark.md
 """
@@ -26,18 +29,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from ablations import STAGES  # it makes common importable
 import common
-from common import PRESETS, UNet, load, on_device, read_settings, require, run, save, say, start, writing
+from common import PRESETS, UNet, on_device, read_settings, require, run, say, start, writing
 
 SETTINGS = [  # name, its value for each preset, text
     ("quick", *[False] * 5, "only two networks, and fewer repetitions"),
-    ("batch", 16, 16, 16, 16, 16, "images per call and per training step"),
-    ("max_gmacs", 4.0, 4.0, 4.0, 4.0, 4.0, "leave out networks with more multiply-adds per image (10^9)"),
-    ("n_pairs", *[50_000] * 5, "made-up pairs that the 3.4M network is trained with"),
+    ("batch", *[16] * 5, "images per call and per training step"),
+    ("max_gmacs", *[4.0] * 5, "leave out networks with more multiply-adds per image (10^9)"),
     ("precision", *["auto"] * 5, "measured beside fp32: bf16, or auto"),
 ]
 
@@ -58,6 +63,8 @@ def networks():
                 found[f"{preset} {kind}"] = args
     return found
 
+
+# ---------------------------------------------------------------------------------------------- What is timed
 
 def now(device):
     """Seconds, when a GPU has done what it was given."""
@@ -89,21 +96,6 @@ def limit(device, precision):
     return max(speeds)
 
 
-def megabytes(name):
-    """What Linux says of this process's memory; not a number on other systems."""
-    path = Path("/proc/self/status")
-    return int(re.search(rf"{name}:\s+(\d+)", path.read_text())[1]) / 1e3 if path.exists() else math.nan
-
-
-def made_up_pairs(cfg, n, args):
-    """Writes an artifact like 02's, with n pairs of noise."""
-    path, shape = cfg.folder / "numbers", (2, n, 3, args["image_size"], args["image_size"])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    z, x = torch.from_file(str(path), True, math.prod(shape), dtype=torch.half).view(shape).normal_()
-    save(cfg.folder / "02_pairs.pt", preset=cfg.preset, id="", made_from={}, z=z, x=x, network=args)
-    path.unlink()
-
-
 def plain_attention(self, x):
     """common.Attention.forward in single steps."""
     b, c, height, width = x.shape
@@ -120,62 +112,126 @@ def plain_ema_update(averages, weights, decay, n):
         shadow.sub_((shadow - p) * (1 - min(decay, (1 + n) / (10 + n))))
 
 
-def training_step(cfg, net, pairs, device, plain):
+def training_step(cfg, net, device, plain):
     """Median seconds of stage 03's training step, and of the network's two passes in it."""
-    began = []
+    began, reflow_loss = [], STAGES["03"].reflow_loss
+    z, x = torch.randn(2, 512, 3, net.args["image_size"], net.args["image_size"]).half()
     with contextlib.redirect_stdout(io.StringIO()):
         trainer = common.Trainer(cfg, "03 benchmark", net, {})
         if plain:
             trainer.optimizers = [torch.optim.Adam(net.parameters(), cfg.lr, foreach=False)]
         for step in trainer.steps():
             began.append(now(device))
-            z, x = (part.float() for part in trainer.draw(pairs["z"], pairs["x"]))
-            mirrored = torch.rand(len(x), 1, 1, 1, device=device) < 0.5
-            z, x = torch.where(mirrored, z.flip(3), z), torch.where(mirrored, x.flip(3), x)
-            t = torch.rand(len(x), device=device)
-            trainer.update(STAGES["03"].reflow_loss(trainer.net, z, x, t, 0.5))
-    passes = median_seconds(lambda: STAGES["03"].reflow_loss(net, z, x, t, 0.5).backward(), device)
+            if device.type == "cuda":  # a wait in the step is named, but not those of log lines
+                torch.cuda.set_sync_debug_mode("warn")
+            z_, x_ = (part.float() for part in trainer.draw(z, x))
+            mirrored = torch.rand(len(x_), 1, 1, 1, device=device) < 0.5
+            z_, x_ = torch.where(mirrored, z_.flip(3), z_), torch.where(mirrored, x_.flip(3), x_)
+            t = torch.rand(len(x_), device=device)
+            trainer.update(reflow_loss(trainer.net, z_, x_, t, 0.5))
+            if device.type == "cuda":
+                torch.cuda.set_sync_debug_mode("default")
+    passes = median_seconds(lambda: reflow_loss(net, z_, x_, t, 0.5).backward(), device)
     return np.median(np.diff(began)[1:]).item(), passes  # the first step is to warm up
 
 
-def measure(args, kind, device, batch, steps, n_pairs, out):
-    """What a network ("fp32", "bf16" or "plain fp32") takes: seconds forward, alone (one image), step, passes
-    (in a step), open (the pairs); MB peak, own (by which opened pairs let memory grow).
+@torch.no_grad()
+def on_a_gpu(net, x, t, device):
+    """Share of ten training passes in which the GPU works; seconds for 50,000 images, and their features."""
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.enable_grad(), torch.profiler.profile(activities=activities) as trace:
+        began = now(device)
+        for _ in range(10):
+            net(x, t).square().mean().backward()
+        seconds = now(device) - began
+    found = {"busy": sum(event.self_device_time_total for event in trace.key_averages()) / 1e6 / seconds}
+    numbers, inception = range(0, 50_000, 500), STAGES["05"].Inception().to(device).eval()
+    began = now(device)
+    images = [common.to_uint8(common.samples(net, 0, range(i, i + 500), 1)) for i in numbers]
+    found["images"] = now(device) - began
+    began = now(device)
+    for part in images:
+        STAGES["05"].inception_features(inception, part.to(device)).cpu()
+    return {**found, "features": now(device) - began}
+
+
+def measure(args, kind, device, batch, steps, out):
+    """What a network takes ("plain fp32", "fp32", "bf16" or "compiled bf16"): seconds forward, alone (one
+    image), step, passes (in a step); MB peak; on a GPU also what on_a_gpu() says.
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = False, True
     torch.manual_seed(0)
     net, found = UNet(**args).eval(), {}
     if kind == "plain fp32":  # in this process only
         common.Attention.forward, common.ema_update, net = plain_attention, plain_ema_update, net.to(device)
     else:
-        net = on_device(net, device, kind)
+        net = common.compiled(on_device(net, device, kind[-4:]), 10**9 if kind.startswith("compiled") else 0)
     x = torch.randn(batch, 3, args["image_size"], args["image_size"], device=device)
     t = torch.rand(batch, device=device)
     with torch.no_grad():
         found["forward"] = median_seconds(lambda: net(x, t), device)
         found["alone"] = median_seconds(lambda: net(x[:1], t[:1]), device)
-    Path(out).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out) as folder:
         flags = ["--out", folder, "--batch", batch, "--steps", steps, "--optimizer", "adam"]
-        cfg = settings("03", "shapes", *flags)
-        made_up_pairs(cfg, n_pairs, args)
-        own, began = megabytes("RssAnon"), time.perf_counter()  # without the pages of mapped files
-        pairs = load(cfg, "02_pairs.pt")
-        found["open"] = time.perf_counter() - began
-        for _ in range(100):  # as training would: many pairs, in no order
-            pairs["x"][torch.randint(n_pairs, (128,))]
-        found["own"] = megabytes("RssAnon") - own
-        found["step"], found["passes"] = training_step(cfg, net, pairs, device, kind == "plain fp32")
-    found["peak"] = torch.cuda.max_memory_allocated() / 1e6 if device.type == "cuda" else megabytes("VmHWM")
-    return found
+        found["step"], found["passes"] = training_step(settings("03", "shapes", *flags), net, device,
+                                                       kind == "plain fp32")
+    if device.type == "cuda":
+        return {**found, "peak": torch.cuda.max_memory_allocated() / 1e6, **on_a_gpu(net, x, t, device)}
+    status = Path("/proc/self/status")  # Linux: the most memory that this process has had
+    peak = int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) / 1e3 if status.exists() else math.nan
+    return {**found, "peak": peak}
 
 
 def apart(*arguments):
     """measure(*arguments) in a new process, whose memory nothing else has used."""
     with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(measure, *arguments).result()
+
+
+# -------------------------------------------------------------------------------------------- What is counted
+
+class Counter(TorchDispatchMode):
+    """Counts kernels, and the bytes that all but convolutions and matrix products read and write."""
+
+    def __init__(self):
+        super().__init__()
+        self.kernels, self.bytes = 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        read, written = (list(filter(torch.is_tensor, tree_leaves(part))) for part in ((args, kwargs), out))
+        if written and not func.is_view and name not in ("detach", "empty_like", "_reshape_alias"):
+            self.kernels += 1
+            if not any(part in name for part in ("convolution", "mm", "attention")):
+                self.bytes += sum(a.numel() * a.element_size() for a in read + written)
+        return out
+
+
+def counts(args, batch, precision):
+    """(kernels, GB moved by element-wise operations) of a training pass, uncompiled; GB that it keeps for the
+    gradient; GB of weights, gradients, Adam's two moments and EMA. Nothing is computed.
+    """
+    kept, counter = {}, Counter()
+
+    def keep(tensor):
+        kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with FakeTensorMode():
+        net, size = UNet(**args), args["image_size"]
+        net.precision = precision
+        x, t, weights = torch.randn(batch, 3, size, size), torch.rand(batch), list(net.parameters())
+        with counter:
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                loss = net(x, t).square().mean()
+            loss.backward()
+        for p in weights:
+            kept.pop(p.untyped_storage()._cdata, None)
+        return (counter.kernels, counter.bytes / 1e9, sum(kept.values()) / 1e9,
+                sum(p.numel() for p in weights) * 5 * 4 / 1e9)
 
 
 @torch.no_grad()
@@ -205,7 +261,8 @@ def costs(preset):
 def main(cfg):
     device = start(cfg, "benchmark")
     require(device.type in ("cpu", "cuda"), f"--device {cfg.device}: this measures a CPU or an NVIDIA GPU")
-    require(cfg.batch and cfg.n_pairs, "--batch and --n_pairs must be at least 1")
+    require(cfg.batch, "--batch must be at least 1")
+    Path(cfg.out).mkdir(parents=True, exist_ok=True)
 
     # 1. The machine.
     limits = {precision: limit(device, precision) for precision in ("fp32", cfg.precision)}
@@ -214,19 +271,21 @@ def main(cfg):
     lines = [f"{machine}, torch {torch.__version__}, batch {cfg.batch}, {today}. Limits in GFLOP/s: "
              + ", ".join(f"{precision} {speed / 1e9:,.0f}" for precision, speed in limits.items()), "",
              "| network | parameters | as | forward, img/s | of limit | step, img/s | of limit | to plain: "
-             "forward, step | outside of the network | peak, MB | one image, ms |",
-             "|---|---:|---" + "|---:" * 8 + "|"]
+             "forward, step | outside of the network | peak, MB | one image, ms |"
+             + " GPU works | 50,000 images, s | features, s |" * cuda,
+             "|---|---:|---" + "|---:" * (11 if cuda else 8) + "|"]
     say(lines[0])
 
     # 2. The networks.
     fastest, trained, steps = 0, "", 5 if cfg.quick else 7
+    chosen = ("cifar10_quick student", "cifar10 student") if cuda else ("paper's 3.4M", "shapes student")
     for name, args in networks().items():
-        net, chosen = UNet(**args), name in ("paper's 3.4M", "shapes student")
+        net = UNet(**args)
         parameters, macs = sum(p.numel() for p in net.parameters()), STAGES["05"].count_macs(net)
-        if not chosen and (cfg.quick or macs > cfg.max_gmacs * 1e9):
+        if name not in chosen and (cfg.quick or macs > cfg.max_gmacs * 1e9):
             continue
-        for kind in ("plain fp32", *limits):
-            found = apart(args, kind, device, cfg.batch, steps, 256, cfg.out)
+        for kind in ("plain fp32", *limits, *(["compiled bf16"] if cuda else [])):
+            found = apart(args, kind, device, cfg.batch, steps, cfg.out)
             plain, cells = found if kind == "plain fp32" else plain, [name, f"{parameters:,}", kind]
             for part, passes in (("forward", 1), ("step", 3)):
                 speed = passes * 2 * macs * cfg.batch / found[part]  # operations per second
@@ -235,17 +294,21 @@ def main(cfg):
             cells += [", ".join(f"{plain[part] / found[part]:.2f}" for part in ("forward", "step")),
                       f"{1 - found['passes'] / found['step']:.1%}", f"{found['peak']:,.0f}",
                       f"{1000 * found['alone']:.3g}"]
+            if cuda:
+                cells += [f"{found['busy']:.0%}", f"{found['images']:.1f}", f"{found['features']:.1f}"]
             lines.append(f"| {' | '.join(cells)} |")
             say(lines[-1])
 
-    # 3. Pairs.
-    found = apart(networks()["paper's 3.4M"], cfg.precision, device, cfg.batch, steps, cfg.n_pairs, cfg.out)
-    lines += ["", f"{cfg.n_pairs:,} pairs of 32x32: to check and open them takes {found['open']:.2f} s and "
-              f"{found['own']:.0f} MB of memory; with them, the 3.4M network trains on "
-              f"{cfg.batch / found['step']:.1f} img/s ({cfg.precision}).", ""]
+    # 3. What a training step of each preset needs, at its batch. Counted: no GPU is asked.
+    lines += ["", "| network, batch 128 (`shapes`: 16) | as | kernels | element-wise, GB | kept for the gradient, "
+              "GB | weights, gradient, Adam, EMA, GB |", "|---|---" + "|---:" * 4 + "|"]
+    for name, args in networks().items():
+        for kind in ("fp32", "bf16"):
+            found = counts(args, 16 if args["image_size"] == 16 else 128, kind)
+            lines.append(f"| {name} | {kind} | {found[0]:,} | {' | '.join(f'{n:.2g}' for n in found[1:])} |")
 
     # 4. What the presets cost.
-    lines += ["| preset | 01 | 02 | 03 | 04 | 05 | all | days here |", "|---" + "|---:" * 7 + "|"]
+    lines += ["", "| preset | 01 | 02 | 03 | 04 | 05 | all | days here |", "|---" + "|---:" * 7 + "|"]
     for preset in PRESETS:
         stages = costs(preset)
         figures = [*(n / 1e18 for n in (*stages, sum(stages))), sum(stages) / fastest / 86400]

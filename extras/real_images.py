@@ -1,60 +1,61 @@
-"""CIFAR-10 on a CPU in about an hour: the five stages with small networks.
+"""CIFAR-10 on a CPU in about an hour: the five stages with small networks, by class.
 
     python extras/real_images.py --data cifar10                 # downloads CIFAR-10
-    python extras/real_images.py --data cifar10-jpeg.zip --named "a JPEG copy of CIFAR-10"
+    python extras/real_images.py --data cifar10-jpeg.zip --named "a JPEG copy of CIFAR-10" --seeds 3
 
-As in extras/ablations.py each run is a command of a stage, and the same command continues. An hour on a CPU
-is a few passes over the images: what comes out has colours, skies and things with edges, and little more.
-The distance is the Frechet distance of the features of a small classifier, trained here on nine tenths of the
-same images: "FD-cifar-classifier". It compares the rows of one table and nothing else; it is not FID.
+The recipe is that of `shapes`: labels, small batches, Muon, t from the middle. An hour is a few passes over
+the images. A small classifier, trained here on nine tenths of them, judges: "FD-cifar-classifier" is the
+Frechet distance of its features (not FID), "named as asked" the share of images in which it sees their class.
 
 Reads   --data: images with labels
-Writes  extras/results/cifar10_cpu.json, .md, .png (made-up images only); the runs into <out>/real_images
+Writes  extras/results/cifar10_cpu.json, .md, .png (made-up images only); the runs into <out>/ablations
 """
 import json
 import sys
 from pathlib import Path
+from statistics import mean, stdev
 
 import torch
 import torch.nn as nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from ablations import ROOT, STAGES, made_with, make_all, stage  # it makes common importable
-from common import fingerprint, from_uint8, load_images, require, run, save_grid, say, start, writing
+from ablations import MADE, ROOT, STAGES, made_with, make_all, stage  # it makes common importable
+from common import (from_uint8, labels_for, load_images, load_network, require, run, samples, save_grid, say,
+                    start, writing)
 
 SETTINGS = [  # name, its value for each preset, text
     ("data", *["cifar10"] * 5, "cifar10 (downloaded), or the path of a folder or zip with labels"),
     ("named", *[""] * 5, "what the table calls the images; empty: --data"),
     ("n_samples", *[2000] * 5, "images of each network that are measured"),
-    ("scale", *[1.0] * 5, "all steps and pairs times this: 1 is an hour on 2 CPU cores"),
+    ("scale", *[1.0] * 5, "all steps and pairs times this: 1 is about an hour on 2 CPU cores"),
     ("judge_steps", *[1500] * 5, "training steps of the classifier"),
+    ("seeds", *[1] * 5, "runs of everything, with the seeds 0, 1, ..."),
     ("jobs", *[1] * 5, "runs at a time"),
     ("results", *[str(ROOT / "extras" / "results")] * 5, "folder of table and picture"),
+    ("rounding", *["round"] * 5, "of the images, as in 05"),
+    ("precision", *["auto"] * 5, "of the networks when they are judged"),
 ]
+NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
 def networks(cfg):
-    """{title: (the run of 05 that writes its images, its key in 05)}."""
+    """{title: (the run that trained the network, its calls)}."""
     def times(n):
         return max(1, round(cfg.scale * n))
 
-    small = dict(mult=(1, 2, 4), blocks=1, attn=(8,), batch=64, cooldown=0.5, ema=0.999, precision="auto")
-    teacher = stage("01", data=cfg.data, base=32, dropout=0.0, lr=1e-3, steps=times(1900), warmup=times(200),
-                    **small)
-    pairs = stage("02", teacher, n_pairs=max(64, times(8192)), sample_steps=16, precision="auto")
-    flow = stage("03", pairs, base=16, lr=2e-3, steps=times(1500), anneal_steps=times(550), warmup=times(100),
-                 **small)
-    distill = dict(distance="l2", pairs_from="teacher", lr=5e-4, steps=times(700), batch=32, cooldown=1.0,
-                   ema=0.995, precision="auto")
-    made = {}
-    for title, trained, key, calls in (
-            ("teacher", teacher, "teacher", 25), ("teacher", teacher, "teacher", 1),
-            ("2-rectified flow", flow, "flow", 8), ("2-rectified flow", flow, "flow", 1),
-            ("student, pairs only", stage("04", pairs, flow, guidance=0, **distill), "student", 1),
-            ("student, guided", stage("04", pairs, flow, **distill), "student", 1)):
-        more = {f"{key}_steps": calls, "png": cfg.n_samples, "precision": "auto", "rounding": "round"}
-        made[f"{title}, {calls} call{'s' * (calls > 1)}"] = (stage("05", trained, only=key, **more), key)
-    return made
+    common = dict(optimizer="muon", batch=32, ema=0.999, precision="auto")
+    small = dict(mult=(1, 2, 4), blocks=1, attn=(8,), cooldown=0.6, **common)
+    teacher = stage("01", data=cfg.data, conditional=True, base=32, dropout=0.0, lr=4e-3, steps=times(4500),
+                    t_distribution="logit_normal", warmup=times(200), **small)
+    pairs = stage("02", teacher, n_pairs=max(64, times(6144)), sample_steps=12, precision="auto")
+    flow = stage("03", pairs, base=16, t_distribution="early", lr=8e-3, steps=times(4500),
+                 anneal_steps=times(1500), warmup=times(100), **small)
+    distill = dict(distance="huber", pairs_from="teacher", lr=4e-3, warmup=times(50), cooldown=1.0, **common)
+    alone = stage("04", pairs, flow, guidance=0.0, steps=times(2400), **distill)
+    guided = stage("04", pairs, flow, steps=times(1200), **distill)
+    return {"teacher, 25 calls": (teacher, 25), "teacher, 1 call": (teacher, 1),
+            "2-rectified flow, 8 calls": (flow, 8), "2-rectified flow, 1 call": (flow, 1),
+            "student, pairs only, twice the steps": (alone, 1), "student, guided": (guided, 1)}
 
 
 def classifier(classes):
@@ -86,46 +87,58 @@ def train_classifier(net, images, labels, steps, device):
 
 
 def main(cfg):
-    cfg.preset, cfg.seeds, cfg.precision = "cifar10_quick", 1, "fp32"  # the last: of the classifier
+    cfg.preset, cfg.allow_mixed = "cifar10_quick", True
     device = start(cfg, "real images")
 
-    # 1. The stages, and their images.
+    # 1. The stages.
     images, labels = load_images(cfg.data, 32)
-    require(labels is not None, f"{cfg.data} has no labels, which the classifier needs")
+    require(labels is not None, f"{cfg.data} has no labels, which the recipe needs")
     require(len(images) >= 2 * cfg.n_samples > 0, f"{cfg.data} has fewer images than twice --n_samples")
-    cfg.runs = Path(cfg.out, "real_images", fingerprint(images))  # other images of the same name: other runs
     made = make_all([task for task, _ in networks(cfg).values()], cfg)
 
-    # 2. The classifier whose features are compared.
-    net = classifier(int(labels.max()) + 1).to(device)
+    # 2. The classifier.
+    classes = int(labels.max()) + 1
+    net = classifier(classes).to(device)
     accuracy = train_classifier(net, images, labels, cfg.judge_steps, device)
 
-    def gaussian_of(images):
-        with torch.no_grad():
-            features = (net[:-1](from_uint8(part.to(device))) for part in images.split(256))
-            return STAGES["05"].gaussian(features, 128)
+    @torch.no_grad()
+    def judged(images, labels):
+        """(mean and covariance of the features, share that is named by its label)."""
+        features = [net[:-1](from_uint8(part.to(device))) for part in images.split(256)]
+        named = torch.cat([net[-1](part).argmax(1).cpu() for part in features]) == labels
+        return STAGES["05"].gaussian(features, 128), named.float().mean().item()
 
-    # 3. Distances to the images; and of some of the real ones to all others.
-    real, distance = gaussian_of(images), STAGES["05"].frechet_distance
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(1))
-    some, others = images[order[:cfg.n_samples]], images[order[cfg.n_samples:]]
-    rows, pictures = {"real (other images)": distance(*gaussian_of(some), *gaussian_of(others))}, {}
-    for title, (task, key) in networks(cfg).items():
-        found, _ = load_images(task.folder(cfg, 0) / f"05_{key}_images", 32)
-        rows[title], pictures[title] = distance(*gaussian_of(found), *real), from_uint8(found[:12])
+    # 3. Some of the real images against all others; the networks' images against all.
+    distance, rows, pictures = STAGES["05"].frechet_distance, {}, {}
+    some, others = torch.randperm(len(images)).tensor_split([cfg.n_samples])
+    real, found = judged(images, labels)[0], judged(images[some], labels[some])
+    rest = judged(images[others], labels[others])[0]
+    rows["real (other images)"] = [(distance(*found[0], *rest), found[1])]
+    asked, requests = labels_for(0, cfg.n_samples, classes), torch.arange(12) % classes
+    for title, (task, calls) in networks(cfg).items():
+        for seed in range(cfg.seeds):
+            cfg.folder = task.folder(cfg, seed)
+            trained, _ = load_network(cfg, MADE[task.stage], device)
+            found = judged(STAGES["05"].make_images(trained, cfg, cfg.n_samples, calls, asked), asked)
+            rows.setdefault(title, []).append((distance(*found[0], *real), found[1]))
+            pictures.setdefault(title, samples(trained, 0, range(12), calls, requests))
 
     # 4. The table and the picture.
     name = cfg.named or cfg.data
-    lines = [f"{name}, {cfg.n_samples:,} images of each network, {cfg.scale:g} of the steps and pairs; the "
-             f"classifier names {accuracy:.1%} of unseen images rightly.", "",
-             "| network | FD-cifar-classifier |", "|---|---:|"]
-    lines += [f"| {title} | {value:.3f} |" for title, value in rows.items()]
+    lines = [f"{name}, {cfg.n_samples:,} images of each network, seeds: {cfg.seeds}, {cfg.scale:g} of the steps "
+             f"and pairs; the classifier names {accuracy:.1%} of unseen images rightly.", "",
+             "| network | FD-cifar-classifier | named as asked, % |", "|---|---:|---:|"]
+    for title, values in rows.items():
+        cells = [f"{mean(v):.2f}" + f" ± {stdev(v):.2f}" * (len(v) > 1)
+                 for v in zip(*((d, 100 * named) for d, named in values))]
+        lines.append(f"| {title} | {' | '.join(cells)} |")
     lines += ["", made_with(made.values()), ""]
-    facts = {"images": name, "scale": cfg.scale, "distances": rows, "runs": list(made.values())}
-    for suffix, text in (("md", "\n".join(lines)), ("json", json.dumps(facts, indent=1))):
+    facts = {"images": name, "scale": cfg.scale, "made": made_with(made.values()), "scores": rows}
+    for suffix, text in (("md", "\n".join(lines)), ("json", json.dumps(facts, indent=0))):
         with writing(Path(cfg.results, f"cifar10_cpu.{suffix}")) as file:
             file.write(text.encode())
-    save_grid(Path(cfg.results, "cifar10_cpu.png"), list(pictures.values()), list(pictures))
+    columns = [NAMES[y] for y in requests] if classes == 10 else ()
+    save_grid(Path(cfg.results, "cifar10_cpu.png"), list(pictures.values()), list(pictures), columns)
     say("\n".join(["", *lines, f"wrote {cfg.results}/cifar10_cpu.json, .md, .png"]))
 
 

@@ -155,14 +155,16 @@ def small_network():
                          nn.Conv2d(4, 3, 3), nn.Conv2d(4, 4, 1), nn.Linear(2, 2)).double()
 
 
-def smooth(step, net):
+def smooth(step, trainer):
     """A loss whose gradient is now shorter than 1, now longer."""
     factor = (0.01, 30, 0.3)[step % 3]
-    return factor * sum(i * (p - 0.3).square().sum() for i, p in enumerate(net.parameters(), 1))
+    return factor * sum(i * (p - 0.3).square().sum() for i, p in enumerate(trainer.net.parameters(), 1))
 
 
-def noisy(step, net):
-    return smooth(step, net) + torch.rand(()) * net[0].weight.sum()
+def noisy(step, trainer):
+    rows, nothing = trainer.draw(torch.arange(1000.0), None)
+    assert len(rows) == 4 and nothing is None
+    return smooth(step, trainer) + (torch.rand(()) + rows.mean() / 1000) * trainer.net[0].weight.sum()
 
 
 def trained(cfg, loss=noisy, made_from="1", **changed):
@@ -170,7 +172,7 @@ def trained(cfg, loss=noisy, made_from="1", **changed):
     cfg = SimpleNamespace(**{**vars(cfg), **changed})
     trainer = Trainer(cfg, "01 teacher", small_network(), {"data": made_from})
     for step in trainer.steps():
-        trainer.update(loss(step, trainer.net))
+        trainer.update(loss(step, trainer))
         if step == 5:
             trainer.strips["5"] = torch.ones(2)
     states = [optimizer.state_dict()["state"] for optimizer in trainer.optimizers]
@@ -206,12 +208,12 @@ def test_it_does_what_a_few_lines_by_hand_do(cfg):
 
 @pytest.mark.parametrize("seconds", [-1, 300])  # between two saved states
 def test_a_run_continues_to_the_same_bits_and_each_seed_and_process_draws_others(cfg, monkeypatch, seconds):
-    def broken(step, net):
+    def broken(step, trainer):
         if step == 17:  # without a signal
             raise KeyboardInterrupt("stopped after step 17")
         if step == 16 and seconds > 0:
             os.kill(os.getpid(), signal.SIGINT)
-        return noisy(step, net)
+        return noisy(step, trainer)
 
     whole = trained(cfg)
     monkeypatch.setattr(common, "SAVE_SECONDS", seconds)
@@ -224,24 +226,36 @@ def test_a_run_continues_to_the_same_bits_and_each_seed_and_process_draws_others
     assert not same(trained(cfg, restart=True), whole)
 
 
+def test_each_step_seed_and_process_draws_other_rows(cfg, monkeypatch):
+    drawn = set()
+    for rank, seed in ((0, 0), (0, 1), (1, 0)):
+        monkeypatch.setattr(common, "RANK", rank)
+        trainer = Trainer(SimpleNamespace(**{**vars(cfg), "seed": seed}), "01 teacher", small_network(), {})
+        for trainer.done in range(3):
+            rows, twice = trainer.draw(torch.arange(10**6), torch.arange(10**6) * 2)
+            assert torch.equal(2 * rows, twice)
+            drawn.update(rows.tolist())
+    assert len(drawn) == 9 * 4
+
+
 def test_another_run_is_refused_or_started_over_and_a_damaged_one_is_refused(cfg):
     whole = trained(cfg)
     with pytest.raises(UserError, match="steps was 40, is 50; lr was 0.1, is 0.2; made from was .*--restart"):
         trained(cfg, made_from="2", lr=0.2, steps=50)
-    assert same(trained(cfg, lambda step, net: 1 / 0), whole)  # it is complete: no step is made
+    assert same(trained(cfg, lambda *_: 1 / 0), whole)  # it is complete: no step is made
     path, = cfg.folder.iterdir()
     path.write_bytes(path.read_bytes().replace(b"shapes", b"chapes"))
     with pytest.raises(UserError, match="^[^\n]*01_state.pt is damaged[^\n]*$"):
         trained(cfg)
     with pytest.raises(ZeroDivisionError):
-        trained(cfg, lambda step, net: 1 / 0, restart=True)
+        trained(cfg, lambda *_: 1 / 0, restart=True)
     assert not list(cfg.folder.iterdir()) and same(trained(cfg), whole)  # what was given up is gone
 
 
 @pytest.mark.parametrize("seconds, steps", [(-1, "13 to 13"), (10, "0 to 39")])
 def test_what_is_not_finite_is_named_with_its_step_and_not_saved(cfg, monkeypatch, seconds, steps):
-    def bad(step, net):
-        loss = noisy(step, net)
+    def bad(step, trainer):
+        loss = noisy(step, trainer)
         loss.register_hook(lambda gradient: gradient * (math.nan if step == 13 else 1))
         return loss
 
