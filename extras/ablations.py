@@ -44,7 +44,7 @@ T_QUANTILE = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}  #
 SCORES = {"distance": ("FD-shapes", -1, 1, 3), "named": ("named as asked, %", 1, 100, 1),
           "own": ("error, own noise", -1, 1, 4), "fresh": ("error, fresh noise", -1, 1, 4)}
 SETTINGS = [  # name, its value for each preset, text
-    ("grid", *["all"] * 5, "calls, reflow, distillation, pairs, start, passes, size, precision, or all"),
+    ("grid", *["all"] * 5, "calls, reflow, distillation, time, pairs, start, size, precision, passes; all"),
     ("seeds", *[5] * 5, "runs of each variant, with the seeds 0, 1, ..."),
     ("jobs", *[0] * 5, "runs at a time; 0: one for each CPU core"),
     ("results", *[str(ROOT / "extras" / "results")] * 5, "folder of the tables and plots"),
@@ -127,7 +127,7 @@ def errors(cfg, rows):
 
 
 def origin(device):
-    """{"commit", "machine", "date"} of a run that begins. A + after the commit: the code differs from it."""
+    """{"commit", "machine", "date"} of a run that begins. A + after the commit: files differ from it."""
     words = ["git", "-C", str(ROOT), "describe", "--always", "--exclude=*", "--dirty=+"]
     git = subprocess.run(words, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
     machine = f"{os.cpu_count()} cores {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
@@ -245,9 +245,19 @@ def grids():
     distillation.claim("two steps help without fresh noise", own, "teacher's pairs: pairs only")
     distillation.claim("fresh noise helps", "teacher's pairs: guided", own)
 
+    longer, flow = Grid("Guidance by training time, with the preset's flow"), stage("03", PAIRS)
+    for n in (500, 1000, 2000):
+        name = f"{n} steps alone"
+        longer.add(name, distilled(flow, steps=n, **alone))
+        if n < 2000:
+            longer.add(f"{n} steps guided", distilled(flow, steps=n))
+            longer.claim(f"guidance helps at {n} steps", f"{n} steps guided", name)
+        if n > 500:
+            longer.claim(f"... at the time of {n} steps alone", f"{n // 2} steps guided", name)
+
     by_pairs = Grid("Distillation by the number of pairs, 300 steps (stage 03: 1,024 pairs)")
     for n in (64, 256, 1024, 4096):
-        pairs = stage("02", TEACHER, n_pairs=n)
+        pairs = PAIRS if n == 1024 else stage("02", TEACHER, n_pairs=n)
         by_pairs.add(f"{n} pairs: guided", distilled(pairs=pairs))
         by_pairs.add(f"{n} pairs: pairs only", distilled(pairs=pairs, **alone))
         by_pairs.claim(f"guidance helps with {n} pairs", f"{n} pairs: guided", f"{n} pairs: pairs only")
@@ -288,8 +298,8 @@ def grids():
         for name in ("fp32", "auto"):
             precision.variants[f"{network}, {name}"] = whole_chain({}, precision=name), network, n
         precision.claim(f"{network}: fp32 is better", f"{network}, fp32", f"{network}, auto")
-    return {"calls": calls, "reflow": reflow, "distillation": distillation, "pairs": by_pairs, "start": begun,
-            "passes": passes, "size": size, "precision": precision}
+    return {"calls": calls, "reflow": reflow, "distillation": distillation, "time": longer, "pairs": by_pairs,
+            "start": begun, "size": size, "precision": precision, "passes": passes}
 
 
 # ------------------------------------------------------------------------------------------------- The tables

@@ -57,11 +57,16 @@ def networks():
     found = {"paper's 3.4M": dict(image_size=32, base=64, mult=(1, 1, 2), blocks=1, attn=(16,))}
     for preset in PRESETS:
         for kind, number in (("student", "03"), ("teacher", "01")):
-            cfg, size = settings(number, preset), settings("01", preset).image_size
-            args = dict(image_size=size, base=cfg.base, mult=cfg.mult, blocks=cfg.blocks, attn=cfg.attn)
+            args = network_of(number, preset)
             if args not in found.values():
                 found[f"{preset} {kind}"] = args
     return found
+
+
+def network_of(number, preset):
+    """UNet's arguments in stage 01 or 03, but for classes and dropout."""
+    cfg, size = settings(number, preset), settings("01", preset).image_size
+    return dict(image_size=size, base=cfg.base, mult=cfg.mult, blocks=cfg.blocks, attn=cfg.attn)
 
 
 # ---------------------------------------------------------------------------------------------- What is timed
@@ -210,10 +215,11 @@ class Counter(TorchDispatchMode):
         return out
 
 
-def counts(args, batch, precision):
-    """(kernels, GB moved by element-wise operations) of a training pass, uncompiled; GB that it keeps for the
-    gradient; GB of weights, gradients, Adam's two moments and EMA. Nothing is computed.
+def counts(number, preset, precision):
+    """(kernels, GB moved by element-wise operations, GB kept for the gradient) of a training pass of stage 01,
+    03 or 04, not compiled; GB of weights, gradient, Adam's two moments and EMA. Nothing is computed.
     """
+    cfg, args = settings(number, preset), network_of("03" if number == "04" else number, preset)
     kept, counter = {}, Counter()
 
     def keep(tensor):
@@ -221,12 +227,14 @@ def counts(args, batch, precision):
         return tensor
 
     with FakeTensorMode():
-        net, size = UNet(**args), args["image_size"]
+        net, size, batch = UNet(**args), args["image_size"], cfg.batch * (2 if number == "04" else 1)
+        lpips = number == "04" and cfg.distance == "lpips"
+        distance = STAGES["04"].LPIPS() if lpips else STAGES["04"].squared_l2
         net.precision = precision
         x, t, weights = torch.randn(batch, 3, size, size), torch.rand(batch), list(net.parameters())
         with counter:
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-                loss = net(x, t).square().mean()
+                loss = distance(net(x, t), x).mean()
             loss.backward()
         for p in weights:
             kept.pop(p.untyped_storage()._cdata, None)
@@ -300,12 +308,14 @@ def main(cfg):
             say(lines[-1])
 
     # 3. What a training step of each preset needs, at its batch. Counted: no GPU is asked.
-    lines += ["", "| network, batch 128 (`shapes`: 16) | as | kernels | element-wise, GB | kept for the gradient, "
-              "GB | weights, gradient, Adam, EMA, GB |", "|---|---" + "|---:" * 4 + "|"]
-    for name, args in networks().items():
-        for kind in ("fp32", "bf16"):
-            found = counts(args, 16 if args["image_size"] == 16 else 128, kind)
-            lines.append(f"| {name} | {kind} | {found[0]:,} | {' | '.join(f'{n:.2g}' for n in found[1:])} |")
+    lines += ["", "| preset | stage | batch | kernels: fp32, bf16 | element-wise, GB: fp32, bf16 | kept for the "
+              "gradient, GB: fp32, bf16 | weights, gradient, Adam, EMA, GB |", "|---" + "|---:" * 6 + "|"]
+    for preset in PRESETS:
+        for number in ("01", "03", "04"):
+            both = zip(counts(number, preset, "fp32"), counts(number, preset, "bf16"))
+            cells = [f"{a:,.4g}, {b:,.4g}" for a, b in both]
+            lines.append(f"| {preset} | {number} | {settings(number, preset).batch} | "
+                         f"{' | '.join(cells[:3])} | {cells[3].split()[1]} |")
 
     # 4. What the presets cost.
     lines += ["", "| preset | 01 | 02 | 03 | 04 | 05 | all | days here |", "|---" + "|---:" * 7 + "|"]

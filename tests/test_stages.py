@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves
 
 import common
 from common import EPS, OWN_PAIRS, PAIRS, draw_shapes, from_uint8, noise_for
-from conftest import TINY, artifact, call, script
+from conftest import TINY, artifact, call, same, script
 
 LOSSES = {"01": ["flow_loss"], "03": ["reflow_loss"], "04": ["first_step", "distill_loss", "guided_loss"]}
 DRAWS = ("rand", "randn", "randn_like")
@@ -131,3 +131,33 @@ def test_the_stages_need_no_float64(finished, tmp_path, number):
             torch.zeros(1).double()
         call(number, tmp_path, "--restart")
         script("05").inception_features(lambda x: x, torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("number", ["01", "03", "04"])
+def test_no_step_waits_for_the_device(finished, tmp_path, monkeypatch, number):
+    waits = []
+
+    class Waits(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            waits.extend([func] * (func is torch.ops.aten._local_scalar_dense.default))  # a number is read
+            return func(*args, **(kwargs or {}))
+
+    # On a CPU it looks at its labels, on a GPU not.
+    monkeypatch.setattr(torch.nn.functional, "one_hot", lambda y, n: (y[:, None] == torch.arange(n)).long())
+    found = []
+    for steps in (4, 24):
+        shutil.copytree(finished / "shapes", tmp_path / str(steps) / "shapes")
+        with Waits():
+            call(number, tmp_path / str(steps), "--restart", steps=steps)
+        found.append(len(waits))
+        waits.clear()
+    assert found[0] == found[1] > 0
+
+
+def test_03_may_start_from_the_teacher_and_04_guide_from_the_noise_of_the_pairs(finished, tmp_path):
+    shutil.copytree(finished / "shapes", tmp_path / "shapes")
+    call("03", tmp_path, "--restart", start_from="teacher", lr=0)
+    flow, teacher = artifact(tmp_path, "03_reflow.pt"), artifact(finished, "01_teacher.pt")
+    assert same(flow["weights"], teacher["weights"]) and flow["network"] == teacher["network"]
+    calls = recorded("04", finished, tmp_path / "04", guide_from="pairs", steps=4)
+    assert same(*([call["z"] for call in calls[name]] for name in ("distill_loss", "guided_loss")))
