@@ -585,11 +585,8 @@ def on_device(net, device, precision):
 
 
 def compiled(net, calls):
-    """The network, compiled if it is on a CUDA GPU and called so often that the wait of a minute pays.
-
-    torch.compile fuses all that lies between the convolutions. What it cannot compile runs as it is, and
-    torch says why.
-    """
+    """The network; on a CUDA GPU compiled, where so many calls pay for a minute's wait. That fuses all that
+    lies between the convolutions. What cannot be compiled runs as it is, and torch says why."""
     if next(net.parameters()).is_cuda and calls >= 5000:
         torch._dynamo.config.suppress_errors = True
         net.to(memory_format=torch.channels_last).compile()  # a tensor core's layout
@@ -760,10 +757,8 @@ class Trainer:
         return int(np.random.SeedSequence(self.cfg.seed, spawn_key=(step, RANK, use)).generate_state(1)[0])
 
     def draw(self, *tensors):
-        """The same rows, at random, of each tensor (None stays None): a list, on the device.
-
-        Those of the next step are read meanwhile by a thread. So a GPU waits neither for memory nor a disk.
-        """
+        """The same random rows of each tensor (None stays None), on the device. A thread reads the next step's
+        meanwhile, so that a GPU waits neither for memory nor for a disk."""
         def rows(step):
             generator = torch.Generator().manual_seed(self.seed(step, use=2))
             i = torch.randint(len(tensors[0]), (self.batch,), generator=generator)
