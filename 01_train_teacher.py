@@ -23,7 +23,7 @@ to 0, however good the network is: the lines through x_t do differ from their av
 Reads   images: --data shapes (drawn by the program), cifar10 (downloaded), or the path of a folder or zip
 Writes  out/<preset>/01_teacher.pt; 01_samples.png, a row for each eighth of the training; 01_state.pt, from
         which a run continues
-Takes   shapes: half a minute on 2 CPU cores (AMD EPYC, torch 2.13, bf16)
+Takes   shapes: half a minute on 2 CPU cores (AMD EPYC, torch 2.13)
 """
 import torch
 
@@ -52,7 +52,7 @@ SETTINGS = [
     ("warmup",      100,       1000,          5000,         5000,         5000,         "while lr rises"),
     ("cooldown",    0.6,       0.3,           0.0,          0.0,          0.0,          "share: lr falls"),
     ("ema",         0.999,     0.9995,        0.999999,     0.999999,     0.999999,     "of the weights"),
-    ("precision",   "auto",    "auto",        "auto",       "auto",       "auto",       "fp32, bf16 or auto"),
+    ("precision",   "fp32",    "auto",        "auto",       "auto",       "auto",       "fp32, bf16 or auto"),
 ]
 
 

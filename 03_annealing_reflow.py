@@ -23,7 +23,7 @@ could be measured; the paper's gain is on CIFAR-10 after 800,000 steps.)
 
 Reads   out/<preset>/02_pairs.pt
 Writes  out/<preset>/03_reflow.pt, 03_samples.png; 03_state.pt, from which a run continues
-Takes   shapes: half a minute on 2 CPU cores (AMD EPYC, torch 2.13, bf16)
+Takes   shapes: half a minute on 2 CPU cores (AMD EPYC, torch 2.13)
 """
 import math
 
@@ -53,7 +53,7 @@ SETTINGS = [
     ("warmup",       100,       1000,          5000,      5000,      5000,       "steps while lr rises"),
     ("cooldown",     0.6,       0.3,           0.0,       0.0,       0.0,        "share while lr falls"),
     ("ema",          0.999,     0.9995,        0.999999,  0.999999,  0.999999,   "decay of averaged weights"),
-    ("precision",    "auto",    "auto",        "auto",    "auto",    "auto",     "fp32, bf16 or auto"),
+    ("precision",    "fp32",    "auto",        "auto",    "auto",    "auto",     "fp32, bf16 or auto"),
 ]
 
 

@@ -25,7 +25,7 @@ Reads   out/<preset>/03_reflow.pt; 02_pairs.pt with --pairs_from teacher; publis
         lpips
 Writes  out/<preset>/04_student.pt, 04_samples.png; 04_state.pt, from which a run continues; 04_pairs.pt with
         --pairs_from flow
-Takes   shapes: 20 s on 2 CPU cores (AMD EPYC, torch 2.13, bf16)
+Takes   shapes: 20 s on 2 CPU cores (AMD EPYC, torch 2.13)
 """
 import copy
 import importlib
@@ -58,7 +58,7 @@ SETTINGS = [
     ("warmup",     50,        0,             0,        0,        0,          "steps while lr rises"),
     ("cooldown",   1.0,       0.5,           0.0,      0.0,      0.0,        "share while lr falls"),
     ("ema",        0.995,     0.9995,        0.999999, 0.999999, 0.999999,   "decay of the averaged weights"),
-    ("precision",  "auto",    "auto",        "auto",   "auto",   "auto",     "fp32, bf16 or auto"),
+    ("precision",  "fp32",    "auto",        "auto",   "auto",   "auto",     "fp32, bf16 or auto"),
 ]
 
 

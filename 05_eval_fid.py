@@ -16,7 +16,7 @@ writes images, as files; --label "red triangle" (or a class number) says of what
 Reads   out/<preset>/01_teacher.pt, 03_reflow.pt, 04_student.pt; the teacher's data; Inception's weights
 Writes  out/<preset>/05_results.md, 05_results.json, 05_samples.png; with --only NAME 05_NAME.*, with
         --images 05_images.*; with --png 05_NAME_images/000000.png ...
-Takes   shapes: 10 s on 2 CPU cores (AMD EPYC, torch 2.13, bf16)
+Takes   shapes: 10 s on 2 CPU cores (AMD EPYC, torch 2.13)
 """
 import json
 import time
@@ -47,7 +47,7 @@ SETTINGS = [
     ("resize",        "tf1",       "tf1",         "tf1",      "tf1",      "tf1",      "or pytorch_fid"),
     ("rounding",      "round",     "truncate",    "truncate", "truncate", "truncate", "paper: truncate"),
     ("allow_few",     False,       False,         False,      False,      False,      "images < features"),
-    ("precision",     "auto",      "fp32",        "fp32",     "fp32",     "fp32",     "fp32, bf16 or auto"),
+    ("precision",     "fp32",      "fp32",        "fp32",     "fp32",     "fp32",     "fp32, bf16 or auto"),
     ("png",           0,           0,             0,          0,          0,          "images to write"),
     ("label",         "",          "",            "",         "",         "",         "--png: the class"),
 ]
