@@ -453,7 +453,7 @@ class GroupNorm(nn.GroupNorm):
     def forward(self, x):
         if x.dtype == torch.float32:
             return super().forward(x)
-        with torch.autocast(x.device.type, enabled=False):  # on a GPU it would make all float32: twice the bytes
+        with torch.autocast(x.device.type, enabled=False):  # it makes all float32 on GPUs: twice the bytes
             return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
@@ -757,8 +757,8 @@ class Trainer:
         return int(np.random.SeedSequence(self.cfg.seed, spawn_key=(step, RANK, use)).generate_state(1)[0])
 
     def draw(self, *tensors):
-        """The same random rows of each tensor (None stays None), on the device. A thread reads the next step's
-        meanwhile, so that a GPU waits neither for memory nor for a disk."""
+        """The same random rows of each tensor (None stays None), on the device. A thread reads those of the
+        next step meanwhile, so that a GPU waits neither for memory nor for a disk."""
         def rows(step):
             generator = torch.Generator().manual_seed(self.seed(step, use=2))
             i = torch.randint(len(tensors[0]), (self.batch,), generator=generator)

@@ -32,6 +32,7 @@ import torch
 from PIL import Image, ImageDraw
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "extras" / "results"
 sys.path.insert(0, str(ROOT))
 from common import (EVALUATION, euler, labels_for, load, load_network, noise_for, read_settings, require, run,
                     say, settings_of, start, writing)
@@ -47,7 +48,6 @@ SETTINGS = [  # name, its value for each preset, text
     ("grid", *["all"] * 5, "calls, reflow, distillation, time, pairs, start, size, precision, passes; all"),
     ("seeds", *[5] * 5, "runs of each variant, with the seeds 0, 1, ..."),
     ("jobs", *[0] * 5, "runs at a time; 0: one for each CPU core"),
-    ("results", *[str(ROOT / "extras" / "results")] * 5, "folder of the tables and plots"),
 ]
 
 
@@ -96,7 +96,7 @@ def make(task, seed, cfg):
     stage_cfg = task.cfg(cfg.preset, "--out", str(folder.parent), "--device", cfg.device,
                          "--seed", str(0 if task.stage == "05" else seed))
     changes = [f"{key}={value}" for key, value in task.settings]
-    found = {"run": " ".join([module.__name__, f"seed={stage_cfg.seed}", *changes]), **origin(cfg.device)}
+    found = {"run": " ".join([module.__name__, f"seed={stage_cfg.seed}", *changes]), "origin": origin(cfg)}
     with open(folder / "log.txt", "a") as log, contextlib.redirect_stdout(log):
         module.main(stage_cfg)
         for results in folder.glob("05_*.json"):
@@ -126,23 +126,21 @@ def errors(cfg, rows):
             row["fresh"] = (euler(flow, z_fresh, row["calls"], y_fresh) - x_fresh).square().mean().item()
 
 
-def origin(device):
-    """{"commit", "machine", "date"} of a run that begins. A + after the commit: files differ from it."""
+def origin(cfg):
+    """On what a run is made, when, and with which commit. A + after the commit: files differ from it."""
     words = ["git", "-C", str(ROOT), "describe", "--always", "--exclude=*", "--dirty=+"]
-    git = subprocess.run(words, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
+    git = subprocess.run(words, capture_output=True, text=True).stdout if shutil.which("git") else ""
     machine = f"{os.cpu_count()} cores {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
-    if torch.cuda.is_available() and device.startswith(("auto", "cuda")):
+    if torch.cuda.is_available() and cfg.device.startswith(("auto", "cuda")):
         machine = torch.cuda.get_device_name()
-    return {"commit": git or "unknown", "machine": f"{machine}, torch {torch.__version__}",
-            "date": time.strftime("%Y-%m-%d")}
+    today, commit = time.strftime("%Y-%m-%d"), git.strip() or "unknown"
+    return f"{machine}, torch {torch.__version__}, {today}, commit {commit}"
 
 
 def made_with(made):
     """A line that tells where, when, with which commits and in which time the runs were made."""
-    where, dates, commits = (", ".join(sorted({one[key] for one in made}))
-                             for key in ("machine", "date", "commit"))
-    hours = sum(one["seconds"] for one in made) / 3600
-    return f"{where}; {dates}; commit {commits}; {len(made)} runs, one after the other {hours:.1f} hours."
+    hours, origins = sum(one["seconds"] for one in made) / 3600, sorted({one["origin"] for one in made})
+    return f"{len(made)} runs, one after the other {hours:.1f} hours: {'; '.join(origins)}."
 
 
 def make_all(tasks, cfg):
@@ -233,17 +231,14 @@ def grids():
         distillation.add(f"{what}: pairs only", distilled(**settings, **alone))
         distillation.add(f"{what}: pairs only, 600 steps", distilled(**settings, **alone, steps=600))
         distillation.claim(f"{what}: guidance helps", f"{what}: guided", f"{what}: pairs only")
-        distillation.claim(f"{what}: guidance helps at equal time", f"{what}: guided",
-                           f"{what}: pairs only, 600 steps")
-    for how in ("guided", "pairs only"):
-        distillation.claim(f"{how}: the start from the 2-rectified flow helps", f"teacher's pairs: {how}",
-                           f"from random weights: {how}")
-        distillation.claim(f"{how}: own pairs are better than the teacher's", f"own pairs: {how}",
-                           f"teacher's pairs: {how}")
-    own = "teacher's pairs: two steps from the pairs' noise"
-    distillation.add(own, distilled(guide_from="pairs"))
-    distillation.claim("two steps help without fresh noise", own, "teacher's pairs: pairs only")
-    distillation.claim("fresh noise helps", "teacher's pairs: guided", own)
+        distillation.claim("... at equal time", f"{what}: guided", f"{what}: pairs only, 600 steps")
+    own, teachers, random = ("own pairs: guided", "teacher's pairs: guided", "from random weights: guided")
+    distillation.claim("the start from the 2-rectified flow helps", teachers, random)
+    distillation.claim("own pairs are better than the teacher's", own, teachers)
+    on_pairs = "teacher's pairs: two steps from the pairs' noise"
+    distillation.add(on_pairs, distilled(guide_from="pairs"))
+    distillation.claim("two steps help without fresh noise", on_pairs, "teacher's pairs: pairs only")
+    distillation.claim("fresh noise helps", teachers, on_pairs)
 
     longer, flow = Grid("Guidance by training time, with the preset's flow"), stage("03", PAIRS)
     for n in (500, 1000, 2000):
@@ -347,25 +342,22 @@ def table(grid, values, made):
 
 def plot(path, grid, values):
     """A line for each variant, with a dot for each seed and a bar at the mean."""
-    left, right, line, top = 310, 800, 19, 50
-    canvas = Image.new("RGB", (820, top + line * len(values) + 8), "white")
-    draw = ImageDraw.Draw(canvas)
-    found = [value for scores in values.values() for value in scores["distance"]]
-    low, high = 0.93 * min(found), 1.07 * max(found)
+    canvas = Image.new("RGB", (820, 60 + 19 * len(values)), "white")
+    draw, found = ImageDraw.Draw(canvas), [scores["distance"] for scores in values.values()]
+    low, high = 0.93 * min(map(min, found)), 1.07 * max(map(max, found))
 
     def at(value):
-        return left + (right - left) * math.log(value / low) / math.log(high / low)
+        return 310 + 490 * math.log(value / low) / math.log(high / low)
 
     draw.text((8, 6), f"{grid.title}: FD-shapes, logarithmic", "black", font_size=13)
     for tick in (0.5, 1, 1.5, 2, 2.5, 3, 3.5, 4, 5, 6, 8, 10, 12, 15, 20, 30, 40, 60, 80):
         if low < tick < high:
-            draw.line([(at(tick), top), (at(tick), canvas.height)], "#dddddd")
-            draw.text((at(tick), top - 16), f"{tick:g}", "black", font_size=11, anchor="ma")
-    for i, (variant, scores) in enumerate(values.items()):
-        y, middle = top + line * (i + 0.5), at(mean(scores["distance"]))
+            draw.line([(at(tick), 50), (at(tick), canvas.height)], "#dddddd")
+            draw.text((at(tick), 34), f"{tick:g}", "black", font_size=11, anchor="ma")
+    for y, variant, seeds in zip(range(60, canvas.height, 19), values, found):
         draw.text((8, y), variant, "black", font_size=12, anchor="lm")
-        draw.line([(middle, y - 7), (middle, y + 7)], "#d1495b", 3)
-        for value in scores["distance"]:
+        draw.line([(at(mean(seeds)), y - 7), (at(mean(seeds)), y + 7)], "#d1495b", 3)
+        for value in seeds:
             draw.ellipse([at(value) - 3, y - 3, at(value) + 3, y + 3], outline="#174a7c")
     with writing(path) as file:
         canvas.save(file, "PNG")
@@ -383,10 +375,10 @@ def main(cfg):
         lines = table(grid, values, made.values())
         facts = json.dumps({"grid": name, "made": made_with(made.values()), "values": values}, indent=0)
         for suffix, text in (("json", facts), ("md", "\n".join(lines))):
-            with writing(Path(cfg.results, f"{name}.{suffix}")) as file:
+            with writing(RESULTS / f"{name}.{suffix}") as file:
                 file.write(text.encode())
-        plot(Path(cfg.results, f"{name}.png"), grid, values)
-        say("\n".join(["", *lines, f"wrote {cfg.results}/{name}.json, .md, .png"]))
+        plot(RESULTS / f"{name}.png", grid, values)
+        say("\n".join(["", *lines, f"wrote {RESULTS}/{name}.json, .md, .png"]))
 
 
 if __name__ == "__main__":

@@ -216,8 +216,8 @@ class Counter(TorchDispatchMode):
 
 
 def counts(number, preset, precision):
-    """(kernels, GB moved by element-wise operations, GB kept for the gradient) of a training pass of stage 01,
-    03 or 04, not compiled; GB of weights, gradient, Adam's two moments and EMA. Nothing is computed.
+    """(kernels, GB moved by element-wise operations, GB kept for the gradient) of a training pass of stage
+    01, 03 or 04, not compiled; GB of weights, gradient, Adam's two moments and EMA. Nothing is computed.
     """
     cfg, args = settings(number, preset), network_of("03" if number == "04" else number, preset)
     kept, counter = {}, Counter()
@@ -308,8 +308,8 @@ def main(cfg):
             say(lines[-1])
 
     # 3. What a training step of each preset needs, at its batch. Counted: no GPU is asked.
-    lines += ["", "| preset | stage | batch | kernels: fp32, bf16 | element-wise, GB: fp32, bf16 | kept for the "
-              "gradient, GB: fp32, bf16 | weights, gradient, Adam, EMA, GB |", "|---" + "|---:" * 6 + "|"]
+    lines += ["", "| preset | stage | batch | kernels: fp32, bf16 | element-wise, GB: fp32, bf16 | kept for "
+              "the gradient, GB: fp32, bf16 | weights, gradient, Adam, EMA, GB |", "|---" + "|---:" * 6 + "|"]
     for preset in PRESETS:
         for number in ("01", "03", "04"):
             both = zip(counts(number, preset, "fp32"), counts(number, preset, "bf16"))

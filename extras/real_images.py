@@ -19,7 +19,7 @@ import torch
 import torch.nn as nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from ablations import MADE, ROOT, STAGES, made_with, make_all, stage  # it makes common importable
+from ablations import MADE, RESULTS, STAGES, made_with, make_all, stage  # it makes common importable
 from common import (from_uint8, labels_for, load_images, load_network, require, run, samples, save_grid, say,
                     start, writing)
 
@@ -31,7 +31,6 @@ SETTINGS = [  # name, its value for each preset, text
     ("judge_steps", *[1500] * 5, "training steps of the classifier"),
     ("seeds", *[1] * 5, "runs of everything, with the seeds 0, 1, ..."),
     ("jobs", *[1] * 5, "runs at a time"),
-    ("results", *[str(ROOT / "extras" / "results")] * 5, "folder of table and picture"),
     ("rounding", *["round"] * 5, "of the images, as in 05"),
     ("precision", *["auto"] * 5, "of the networks when they are judged"),
 ]
@@ -125,8 +124,8 @@ def main(cfg):
 
     # 4. The table and the picture.
     name = cfg.named or cfg.data
-    lines = [f"{name}, {cfg.n_samples:,} images of each network, seeds: {cfg.seeds}, {cfg.scale:g} of the steps "
-             f"and pairs; the classifier names {accuracy:.1%} of unseen images rightly.", "",
+    lines = [f"{name}, {cfg.n_samples:,} images of each network, seeds: {cfg.seeds}, {cfg.scale:g} of the "
+             f"steps and pairs; the classifier names {accuracy:.1%} of unseen images rightly.", "",
              "| network | FD-cifar-classifier | named as asked, % |", "|---|---:|---:|"]
     for title, values in rows.items():
         cells = [f"{mean(v):.2f}" + f" ± {stdev(v):.2f}" * (len(v) > 1)
@@ -135,11 +134,11 @@ def main(cfg):
     lines += ["", made_with(made.values()), ""]
     facts = {"images": name, "scale": cfg.scale, "made": made_with(made.values()), "scores": rows}
     for suffix, text in (("md", "\n".join(lines)), ("json", json.dumps(facts, indent=0))):
-        with writing(Path(cfg.results, f"cifar10_cpu.{suffix}")) as file:
+        with writing(RESULTS / f"cifar10_cpu.{suffix}") as file:
             file.write(text.encode())
     columns = [NAMES[y] for y in requests] if classes == 10 else ()
-    save_grid(Path(cfg.results, "cifar10_cpu.png"), list(pictures.values()), list(pictures), columns)
-    say("\n".join(["", *lines, f"wrote {cfg.results}/cifar10_cpu.json, .md, .png"]))
+    save_grid(RESULTS / "cifar10_cpu.png", list(pictures.values()), list(pictures), columns)
+    say("\n".join(["", *lines, f"wrote {RESULTS}/cifar10_cpu.json, .md, .png"]))
 
 
 if __name__ == "__main__":

@@ -137,8 +137,7 @@ def test_a_verdict_needs_an_interval_on_one_side_of_zero(gains, expected):
     for seed, gain in enumerate(gains):
         for name, distance in (("a", 2.0 + seed), ("b", 2.0 + seed - gain)):
             rows = [dict(network="student", calls=n, distance=distance + 97 * (n - 1)) for n in (2, 1)]
-            made[name, seed] = dict(commit="a", machine="b", date="c", seconds=600, rows=rows,
-                                    protocol={"judge": "j"})
+            made[name, seed] = dict(origin="here", seconds=600, rows=rows, protocol={"judge": "j"})
     grid.claim("b is better", "b", "a")
     text = "\n".join(ablations.table(grid, ablations.values_of(grid, made, 3), made.values()))
     assert "| a | 3.000 ± 1.000 |" in text and "6 runs, one after the other 1.0 hours" in text
