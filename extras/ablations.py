@@ -249,6 +249,11 @@ def grids():
             longer.claim(f"guidance helps at {n} steps", f"{n} steps guided", name)
         if n > 500:
             longer.claim(f"... at the time of {n} steps alone", f"{n // 2} steps guided", name)
+    few = stage("02", TEACHER, n_pairs=64)
+    longer.add("64 pairs: 2000 steps alone", distilled(flow, few, steps=2000, **alone))
+    longer.add("64 pairs: 1000 steps guided", distilled(flow, few, steps=1000))
+    longer.claim("64 pairs: ... at the time of 2000 steps alone", "64 pairs: 1000 steps guided",
+                 "64 pairs: 2000 steps alone")
 
     by_pairs = Grid("Distillation by the number of pairs, 300 steps (stage 03: 1,024 pairs)")
     for n in (64, 256, 1024, 4096):

@@ -113,45 +113,30 @@ def test_stage_04_hands_over_pairs_and_fresh_noise_and_weighs(finished, tmp_path
         assert all(torch.equal(value, weights[key]) for key, value in two["flow"].state_dict().items())
 
 
-class NoDoubles(TorchDispatchMode):
-    """A device without float64, such as Apple's."""
+class Device(TorchDispatchMode):
+    """A device without float64, such as Apple's. It counts how often a number is read from it."""
+    reads = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        doubles = [a for a in tree_leaves(out) if torch.is_tensor(a) and a.dtype == torch.float64]
-        assert not doubles, f"{func} makes a float64"
+        assert not any(torch.is_tensor(a) and a.dtype == torch.float64 for a in tree_leaves(out)), "float64"
+        self.reads += func is torch.ops.aten._local_scalar_dense.default
         return out
 
 
 @pytest.mark.parametrize("number", ["01", "02", "03", "04"])
-def test_the_stages_need_no_float64(finished, tmp_path, number):
-    shutil.copytree(finished / "shapes", tmp_path / "shapes")
-    with NoDoubles():
-        with pytest.raises(AssertionError, match="makes a float64"):
-            torch.zeros(1).double()
-        call(number, tmp_path, "--restart")
-        script("05").inception_features(lambda x: x, torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
-
-
-@pytest.mark.parametrize("number", ["01", "03", "04"])
-def test_no_step_waits_for_the_device(finished, tmp_path, monkeypatch, number):
-    waits = []
-
-    class Waits(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            waits.extend([func] * (func is torch.ops.aten._local_scalar_dense.default))  # a number is read
-            return func(*args, **(kwargs or {}))
-
+def test_the_stages_need_no_float64_and_no_step_waits_for_the_device(finished, tmp_path, monkeypatch, number):
     # On a CPU it looks at its labels, on a GPU not.
     monkeypatch.setattr(torch.nn.functional, "one_hot", lambda y, n: (y[:, None] == torch.arange(n)).long())
-    found = []
+    reads, setting = [], "sample_steps" if number == "02" else "steps"
     for steps in (4, 24):
         shutil.copytree(finished / "shapes", tmp_path / str(steps) / "shapes")
-        with Waits():
-            call(number, tmp_path / str(steps), "--restart", steps=steps)
-        found.append(len(waits))
-        waits.clear()
-    assert found[0] == found[1] > 0
+        with Device() as device:
+            call(number, tmp_path / str(steps), "--restart", **{setting: steps})
+        reads.append(device.reads)
+    assert reads[0] == reads[1] > 0
+    with Device(), pytest.raises(AssertionError, match="float64"):
+        torch.zeros(1).double()
 
 
 def test_03_may_start_from_the_teacher_and_04_guide_from_the_noise_of_the_pairs(finished, tmp_path):
