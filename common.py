@@ -122,7 +122,8 @@ def run(main, table, doc, argv=None):
 def start(cfg, name):
     """Joins the other processes if there are any, prints the settings, and returns the torch.device."""
     if WORLD > 1 and not dist.is_initialized():  # a process that waits for another one for an hour gives up
-        dist.init_process_group(timeout=datetime.timedelta(hours=1))
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(hours=1))
     device = cfg.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
     has_bf16 = torch.cpu.get_capabilities().get("avx512_bf16", False)
     try:
@@ -469,8 +470,8 @@ class Attention(nn.Module):
     def forward(self, x):
         b, c, height, width = x.shape
         qkv = self.qkv(self.norm(x)).view(b, 3, 1, c, height * width).transpose(3, 4)
-        if x.is_cuda:
-            qkv = qkv.contiguous()  # fused attention wants the channels last in memory
+        if x.device.type != "cpu":
+            qkv = qkv.contiguous()  # a GPU's fused attention wants the channels last in memory
         h = F.scaled_dot_product_attention(*qkv.unbind(1))  # q, k, v (B, 1, HW, C) -> (B, 1, HW, C)
         h = h.transpose(2, 3).reshape(b, c, height, width)
         return (x + self.proj(h)) * math.sqrt(0.5)
@@ -586,10 +587,10 @@ def on_device(net, device, precision):
 
 def compiled(net, calls):
     """The network; on a CUDA GPU compiled, where so many calls pay for a minute's wait. That fuses all that
-    lies between the convolutions. What cannot be compiled runs as it is, and torch says why."""
+    lies between the convolutions. What cannot be traced runs as it is, and torch says why."""
     if next(net.parameters()).is_cuda and calls >= 5000:
         torch._dynamo.config.suppress_errors = True
-        net.to(memory_format=torch.channels_last).compile()  # a tensor core's layout
+        net.to(memory_format=torch.channels_last).compile(dynamic=False)  # the layout of tensor cores
     return net
 
 
@@ -720,9 +721,14 @@ class Trainer:
             self.ema.load_state_dict(state["ema"])
             for optimizer, saved in zip(self.optimizers, state["optimizers"]):
                 optimizer.load_state_dict(saved)
+                for p, state_of_p in optimizer.state.items():  # another device may have another memory layout
+                    state_of_p.update({key: torch.empty_like(p).copy_(value)
+                                       for key, value in state_of_p.items() if value.shape == p.shape})
             self.done, self.strips = state["done"], state["strips"]
             say(f"{name} | continues after step {self.done} of {cfg.steps}, from {self.path}")
-        self.net = nn.parallel.DistributedDataParallel(net) if WORLD > 1 else net  # averages their gradients
+        if WORLD > 1:  # averages the gradients of all processes
+            net = nn.parallel.DistributedDataParallel(net, broadcast_buffers=False)
+        self.net = net
 
     def steps(self):
         """Yields the number of each step. In between it logs, saves, and ends the run when asked to."""

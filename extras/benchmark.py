@@ -150,14 +150,15 @@ def on_a_gpu(net, x, t, device):
             net(x, t).square().mean().backward()
         seconds = now(device) - began
     found = {"busy": sum(event.self_device_time_total for event in trace.key_averages()) / 1e6 / seconds}
-    numbers, inception = range(0, 50_000, 500), STAGES["05"].Inception().to(device).eval()
-    began = now(device)
-    images = [common.to_uint8(common.samples(net, 0, range(i, i + 500), 1)) for i in numbers]
-    found["images"] = now(device) - began
-    began = now(device)
-    for part in images:
-        STAGES["05"].inception_features(inception, part.to(device)).cpu()
-    return {**found, "features": now(device) - began}
+    net, inception = net.eval(), STAGES["05"].Inception().to(device).eval()
+    for n in (1000, 50_000):  # first to warm up
+        began = now(device)
+        images = [common.to_uint8(common.samples(net, 0, range(i, i + 500), 1)) for i in range(0, n, 500)]
+        found["images"], began = now(device) - began, now(device)
+        for part in images:
+            STAGES["05"].inception_features(inception, part.to(device)).cpu()
+        found["features"] = now(device) - began
+    return found
 
 
 def measure(args, kind, device, batch, steps, out):
@@ -292,7 +293,7 @@ def main(cfg):
         parameters, macs = sum(p.numel() for p in net.parameters()), STAGES["05"].count_macs(net)
         if name not in chosen and (cfg.quick or macs > cfg.max_gmacs * 1e9):
             continue
-        for kind in ("plain fp32", *limits, *(["compiled bf16"] if cuda else [])):
+        for kind in ("plain fp32", *limits, *([f"compiled {cfg.precision}"] if cuda else [])):
             found = apart(args, kind, device, cfg.batch, steps, cfg.out)
             plain, cells = found if kind == "plain fp32" else plain, [name, f"{parameters:,}", kind]
             for part, passes in (("forward", 1), ("step", 3)):

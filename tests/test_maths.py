@@ -226,6 +226,21 @@ def test_a_run_continues_to_the_same_bits_and_each_seed_and_process_draws_others
     assert not same(trained(cfg, restart=True), whole)
 
 
+def test_a_run_may_continue_in_another_memory_layout(cfg, monkeypatch):
+    def broken(step, trainer):
+        if step == 17:
+            raise KeyboardInterrupt
+        return noisy(step, trainer)
+
+    whole = trained(cfg)
+    monkeypatch.setattr(common, "SAVE_SECONDS", -1)
+    with pytest.raises(KeyboardInterrupt):
+        trained(cfg, broken, restart=True)
+    contiguous = small_network()
+    monkeypatch.setitem(globals(), "small_network", lambda: contiguous.to(memory_format=torch.channels_last))
+    torch.testing.assert_close(trained(cfg)[:2], whole[:2])
+
+
 def test_each_step_seed_and_process_draws_other_rows(cfg, monkeypatch):
     drawn = set()
     for rank, seed in ((0, 0), (0, 1), (1, 0)):
