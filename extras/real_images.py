@@ -128,8 +128,8 @@ def main(cfg):
              f"steps and pairs; the classifier names {accuracy:.1%} of unseen images rightly.", "",
              "| network | FD-cifar-classifier | named as asked, % |", "|---|---:|---:|"]
     for title, values in rows.items():
-        cells = [f"{mean(v):.2f}" + f" ± {stdev(v):.2f}" * (len(v) > 1)
-                 for v in zip(*((d, 100 * named) for d, named in values))]
+        columns = zip(*((far, 100 * named) for far, named in values))
+        cells = [f"{mean(v):.2f} ± {stdev(v):.2f}" if len(v) > 1 else f"{v[0]:.2f}" for v in columns]
         lines.append(f"| {title} | {' | '.join(cells)} |")
     lines += ["", made_with(made.values()), ""]
     facts = {"images": name, "scale": cfg.scale, "made": made_with(made.values()), "scores": rows}
