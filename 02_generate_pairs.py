@@ -7,8 +7,8 @@ to exactly one image x. Euler's method follows it in N small steps, which are N 
     dx/dt = v(x, t),  x = z at the start:        x <- x + v(x, t_i) / N,  t_i = EPS + (1 - EPS) i / N
 
 Such a couple (z, x) is a pair. In stage 01 noise and image were drawn independently of each other; here they
-belong together, and this is what stages 03 and 04 learn from. The paths do not cross, and bend little: so
-the straight lines between their ends cross far less often than lines between random ends.
+belong together, and this is what stages 03 and 04 learn from. Because the paths do not cross, the straight
+lines between their ends cross far less often than lines between random ends.
 
 Pair i has the noise noise_for(seed, i). It is rounded to float16, as it is stored, before it is followed: so
 the stored noise leads to the stored image.

@@ -17,8 +17,8 @@ easy, but its paths are bent. At beta = 0 it is reflow: straight, but hard from 
 from 1 to 0. The squares of the two weights add up to 1, so z_beta has variance 1 for every beta (z and z'
 are independent), and the network always meets N(0, I) at t = 0, as it will when it makes images.
 
-The loss begins as in stage 01, near 1.5, and ends at about 0.03 for `shapes`, although most of its t are
-early, where the teacher's loss is highest: far fewer lines meet. (On `shapes` annealing gains nothing that
+The loss begins as in stage 01, near 1.5, and ends at about 0.02 for `shapes`: far lower than the teacher's,
+although most t are early, where the teacher's is highest. With pairs far fewer lines meet. (On `shapes` annealing gains nothing that
 could be measured; the paper's gain is on CIFAR-10 after 800,000 steps.)
 
 Reads   out/<preset>/02_pairs.pt

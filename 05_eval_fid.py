@@ -7,11 +7,11 @@ Frechet distance; Heusel et al. 2017, 1706.08500):
     d = |m1 - m2|^2 + tr( S1 + S2 - 2 (S1 S2)^(1/2) )
 
 If F is the Inception network of 2015 with its published weights, this is FID. The resize, the rounding and
-the number of images change it, so they stand beside it. For `shapes` F is a small classifier of drawings, the
-judge: its distance is FD-shapes, comparable with nothing but itself. The judge also says how often it finds
-the class that was asked for ("red triangle"): named as asked. All networks are judged by images made from the
-same noises, which nothing was trained on. --images SET --reference SET measures any images. --png N only
-writes images, as files; --label "red triangle" (or a class number) says of what.
+the number of images change it, so they are printed below the table. For `shapes` F is a small classifier of
+drawings, the judge: its distance is FD-shapes, comparable with nothing but itself. The judge also says how
+often it finds the class that was asked for ("red triangle"): named as asked. All networks are judged by
+images made from the same noises, which nothing was trained on. --images SET --reference SET measures any
+images. --png N only writes images, as files; --label "red triangle" (or a class number) says of what.
 
 Reads   out/<preset>/01_teacher.pt, 03_reflow.pt, 04_student.pt; the teacher's data; Inception's weights
 Writes  out/<preset>/05_results.md, 05_results.json, 05_samples.png; with --only NAME 05_NAME.*, with

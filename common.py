@@ -72,8 +72,8 @@ def read_settings(table, doc, argv=None):
     preset = parser.parse_known_args(argv)[0].preset
     parser.add_argument("--help", "-h", action="help", help="show this, with the values of the preset")
     parser.add_argument("--out", default="out", help="results go into <out>/<preset>/ [out]")
-    parser.add_argument("--seed", type=int, default=0, help="everything random follows from it [0]")
-    parser.add_argument("--device", default="auto", help="auto (a GPU if any), cpu, cuda, cuda:1 or mps")
+    parser.add_argument("--seed", type=int, default=0, help="all random numbers follow from it [0]")
+    parser.add_argument("--device", default="auto", help="auto (cuda if there is any), cpu, cuda:1, mps")
     parser.add_argument("--restart", action="store_true", help="start over instead of continuing")
     parser.add_argument("--allow_mixed", action="store_true", help="accept files made from replaced ones")
     for name, *values, text in table:
@@ -201,7 +201,7 @@ def read(path):
 
 
 def load(cfg, name):
-    """The artifact <out>/<preset>/<name>. Its "lineage" becomes the made_from of what is made from it."""
+    """The artifact <out>/<preset>/<name>. It gets a "lineage": the made_from of what is made from it."""
     path, stage = cfg.folder / name, f"Run stage {name[:2]} for --preset {cfg.preset} --out {cfg.out}"
     require(path.exists(), f"{path} is missing. {stage} first")
     artifact = read(path)
@@ -431,8 +431,8 @@ def read_files(path, image_size):
 #              doubling; 2 blocks         24 -> 12   16x16   take 12, 12
 #     conv_out                            12 -> 3    16x16
 
-# Official code: the scale of each branch's last layer. So blocks begin by passing on their input, and the
-# network by answering 0; training adds to that little by little, which deep networks learn best.
+# Official code: the scale of each branch's last layer. So blocks begin by passing on their input (scaled),
+# and the network by answering 0; training adds to that little by little, which deep networks learn best.
 NEARLY_ZERO = 1e-10
 
 
@@ -448,7 +448,8 @@ class GroupNorm(nn.GroupNorm):
 
     def __init__(self, channels):
         groups = min(channels // 4, 32)
-        require(groups and channels % groups == 0, f"{channels} channels: make --base a multiple of 32")
+        require(groups and channels % groups == 0, f"{channels} channels make no groups: --base must be a "
+                "multiple of 4, and of 32 if there are more than 128")
         super().__init__(groups, channels, eps=1e-6)
 
     def forward(self, x):
@@ -504,9 +505,10 @@ class ResBlock(nn.Module):
 class UNet(nn.Module):
     """The velocity network v(x_t, t): base * mult[i] channels and `blocks` residual blocks on level i.
 
-    Attention follows them at the sizes `attn` (the last one, in the decoder), and in the middle.
+    Attention follows each block of the encoder, and the last one of the decoder, at the sizes `attn`; and the
+    first block in the middle.
     """
-    precision = "fp32"  # "bf16": convolutions and matrix products in bfloat16, all else in float32
+    precision = "fp32"  # "bf16": all but the weights, their sums and the last layer in bfloat16
 
     def __init__(self, image_size, channels=3, base=64, mult=(1, 2, 2), blocks=2, attn=(16,), classes=0,
                  dropout=0.0):
@@ -598,7 +600,7 @@ def compiled(net, calls):
 def draw_t(n, distribution, device):
     """n times t in [EPS, 1]: (n,)."""
     t = torch.rand(n, device=device)  # "uniform" (paper)
-    if distribution == "early":  # more often near the noise: one call asks for v(z, EPS) alone
+    if distribution == "early":  # more often near the noise: sampling in one call uses v(z, EPS) alone
         t = t**2
     elif distribution == "logit_normal":  # more often in the middle. Esser et al., 2403.03206
         t = torch.randn(n, device=device).sigmoid()
@@ -644,8 +646,9 @@ def learning_rate(step, cfg):
 def ema_update(averages, weights, decay, n):
     """theta' <- d theta' + (1 - d) theta,  d = min(decay, (1 + n) / (10 + n)),  n = updates with this one.
 
-    The weights theta jitter from batch to batch. Their moving average theta' does not, and makes better
-    images. d rises with n, to forget the first weights; the paper's 0.999999 is out of reach (n = 9 million).
+    The weights theta (a list of tensors) jitter from batch to batch. Their moving averages theta' do not, and
+    make better images. d rises with n, to forget the first weights. The paper's 0.999999 is out of reach (n =
+    9 million), and 0.999 in the short runs of `shapes`: there d = (1 + n) / (10 + n) throughout.
     """
     d = min(decay, (1 + n) / (10 + n))
     torch._foreach_lerp_(averages, weights, 1 - d)
@@ -655,7 +658,7 @@ class Muon(torch.optim.Optimizer):
     """Steps along the momentum made orthogonal, which learns all directions of a weight matrix equally fast.
 
     Jordan et al. 2024. A convolution is the matrix (C_out, C_in k k) here; those of one shape step together.
-    The teacher of `shapes` has 99.6 % named as asked with it, 97.9 % with Adam alone (one seed).
+    The judge of 05 names 99.6 % of the teacher's `shapes` as asked with it, 97.9 % with Adam (one seed).
     """
 
     def __init__(self, params):
@@ -684,7 +687,7 @@ class Muon(torch.optim.Optimizer):
 class Trainer:
     """What surrounds a training step: optimiser, clipping, learning rate, EMA, log lines, resume, processes.
 
-    The loop is `for step in trainer.steps()`. It calls trainer.net on trainer.batch images, and ends in
+    The loop is `for step in trainer.steps()`. It calls trainer.net on what trainer.draw() gives, ends in
     trainer.update(loss). trainer.ema is the averaged network: only this one makes images and is saved.
     Before each step torch's generators are seeded from (seed, step, process): a run that continues draws what
     the unbroken one would have drawn, and no random state has to be saved.
