@@ -18,8 +18,10 @@ from 1 to 0. The squares of the two weights add up to 1, so z_beta has variance 
 are independent), and the network always meets N(0, I) at t = 0, as it will when it makes images.
 
 The loss begins as in stage 01, near 1.5, and ends at about 0.02 for `shapes`: far lower than the teacher's,
-although most t are early, where the teacher's is highest. With pairs far fewer lines meet. (On `shapes` annealing gains nothing that
-could be measured; the paper's gain is on CIFAR-10 after 800,000 steps.)
+although most t are early, where the teacher's is highest. With pairs far fewer lines meet.
+
+When does annealing pay? Not in the 20 passes over 1,024 pairs here, but where few pairs are passed over
+hundreds of times, as in the paper: there it keeps the network from learning them by heart (docs/results.md).
 
 Reads   out/<preset>/02_pairs.pt
 Writes  out/<preset>/03_reflow.pt, 03_samples.png; 03_state.pt, from which a run continues
