@@ -171,11 +171,12 @@ class Grid:
         kind, network = {"03": ("flow", "2-rectified flow"), "04": ("student", "student")}[trained.stage]
         task = stage("05", trained, *others, only=kind, reference="shapes")
         for calls in (6, 1) if kind == "flow" else (1,):
-            self.variants[f"{name}, {calls} calls" if kind == "flow" else name] = task, network, calls
+            end = {6: ", 6 calls", 1: ", 1 call"}[calls] if kind == "flow" else ""
+            self.variants[name + end] = task, network, calls
 
     def claim(self, text, better, worse):
         """That a variant is better than another (flows: with 6 calls, and with one), if both are there."""
-        for end in ("", ", 6 calls", ", 1 calls"):
+        for end in ("", ", 6 calls", ", 1 call"):
             if better + end in self.variants and worse + end in self.variants:
                 self.claims.append((text + end, better + end, worse + end))
 

@@ -106,6 +106,7 @@ MUTANTS = {  # file: (old text, new text, the idea that it ruins, the tests that
          "stages float64"),
         ('load_state_dict(state["ema"])', 'load_state_dict(state["weights"])', "the state's EMA",
          "maths bits"),
+        ("torch.empty_like(p).copy_(value)", "value", "moments lie as the weights do", "maths layout"),
         ("optimizer.load_state_dict(saved)", "pass", "the state has the optimisers", "maths bits"),
         ('state["done"], state["strips"]', 'state["done"], {}', "the state has the samples", "maths bits"),
         ('require_same_run(self.path, state["run"], self.run)', "pass", "other settings are refused",
