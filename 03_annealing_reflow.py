@@ -21,8 +21,8 @@ The loss begins as in stage 01, near 1.5, and ends at about 0.02 for `shapes`: f
 although most t are early, where the teacher's is highest. With pairs far fewer lines meet.
 
 When does annealing pay? It gained nothing in 12 passes over 1,024 pairs (here are 20), and much where few
-pairs are passed over hundreds of times, as in the paper. The network learns those by heart in any case; annealed, it still makes
-good images of other noises (docs/results.md).
+pairs are passed over hundreds of times, as in the paper. The network learns those by heart in any case;
+annealed, it still makes good images of other noises (docs/results.md).
 
 Reads   out/<preset>/02_pairs.pt
 Writes  out/<preset>/03_reflow.pt, 03_samples.png; 03_state.pt, from which a run continues
