@@ -99,12 +99,12 @@ def main(cfg):
     say(f"pairs | {len(pairs['x']):,} of {size}x{size}")
 
     # 2. The small network, from random weights. In stage 04 it becomes the student.
-    net = UNet(size, 3, cfg.base, cfg.mult, cfg.blocks, cfg.attn, classes, cfg.dropout)
-    net = on_device(net, device, cfg.precision)
+    require(cfg.start_from in ("scratch", "teacher"), f"--start_from {cfg.start_from}: scratch or teacher")
     if cfg.start_from == "teacher":  # the usual reflow: its weights, and so its size
         net, _ = load_network(cfg, "01_teacher.pt", device)
     else:
-        require(cfg.start_from == "scratch", f"--start_from {cfg.start_from}: choose scratch or teacher")
+        net = UNet(size, 3, cfg.base, cfg.mult, cfg.blocks, cfg.attn, classes, cfg.dropout)
+        net = on_device(net, device, cfg.precision)
     say(f"small network | {sum(p.numel() for p in net.parameters()):,} parameters")
 
     # 3. Training, while beta falls.

@@ -508,7 +508,7 @@ class UNet(nn.Module):
     Attention follows each block of the encoder, and the last one of the decoder, at the sizes `attn`; and the
     first block in the middle.
     """
-    precision = "fp32"  # "bf16": all but the weights, their sums and the last layer in bfloat16
+    precision = "fp32"  # "bf16": all but the weights and the last layer in bfloat16
 
     def __init__(self, image_size, channels=3, base=64, mult=(1, 2, 2), blocks=2, attn=(16,), classes=0,
                  dropout=0.0):
@@ -590,7 +590,7 @@ def on_device(net, device, precision):
 def compiled(net, calls):
     """The network; on a CUDA GPU compiled, where so many calls pay for a minute's wait. That fuses all that
     lies between the convolutions. What cannot be traced runs as it is, and torch says why."""
-    if next(net.parameters()).is_cuda and calls >= 5000:
+    if next(net.parameters()).is_cuda and calls >= 5000:  # ours
         torch._dynamo.config.suppress_errors = True
         net.to(memory_format=torch.channels_last).compile(dynamic=False)  # the layout of tensor cores
     return net
@@ -763,6 +763,7 @@ class Trainer:
             signal.signal(number, signal.default_int_handler)
 
     def seed(self, step, use):
+        """A seed of this process's own. use: 1 for all that a step draws, 2 for the rows that draw() takes."""
         return int(np.random.SeedSequence(self.cfg.seed, spawn_key=(step, RANK, use)).generate_state(1)[0])
 
     def draw(self, *tensors):

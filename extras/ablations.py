@@ -282,7 +282,7 @@ def grids():
     passes = Grid("Few pairs, passed over often, by a network of base 8")
     for n, times in ((64, 100), (64, 1000), (64, 4000), (256, 100), (256, 500)):
         pairs, steps = stage("02", TEACHER, n_pairs=n), times * n // 64
-        for name in ABLATED if steps <= 1000 else ("neither", "annealing"):  # no flips: it has to end
+        for name in ABLATED if steps <= 1000 else ("neither", "annealing"):  # flips would take too long
             # K: paper: 300,000 of 800,000 steps.
             settings = dict(base=8, batch=64, steps=steps, anneal_steps=steps * 3 // 8, **ABLATED[name])
             passes.add(f"{n} pairs, {times:,} passes: {name}", reflow_of(pairs, **settings), TEACHER, pairs)

@@ -64,8 +64,8 @@ def networks():
 
 
 def network_of(number, preset):
-    """UNet's arguments in stage 01 or 03, but for classes and dropout."""
-    cfg, size = settings(number, preset), settings("01", preset).image_size
+    """UNet's arguments in stage 01 or 03 (04 has those of 03), but for classes and dropout."""
+    cfg, size = settings(number.replace("04", "03"), preset), settings("01", preset).image_size
     return dict(image_size=size, base=cfg.base, mult=cfg.mult, blocks=cfg.blocks, attn=cfg.attn)
 
 
@@ -220,15 +220,16 @@ def counts(number, preset, precision):
     """(kernels, GB moved by element-wise operations, GB kept for the gradient) of a training pass of stage
     01, 03 or 04, not compiled; GB of weights, gradient, Adam's two moments and EMA. Nothing is computed.
     """
-    cfg, args = settings(number, preset), network_of("03" if number == "04" else number, preset)
-    kept, counter = {}, Counter()
+    cfg, args, kept, counter = settings(number, preset), network_of(number, preset), {}, Counter()
+    dropout = settings(number.replace("04", "03"), preset).dropout
 
     def keep(tensor):
         kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
         return tensor
 
     with FakeTensorMode():
-        net, size, batch = UNet(**args), args["image_size"], cfg.batch * (2 if number == "04" else 1)
+        net, size = UNet(**args, dropout=dropout), args["image_size"]
+        batch = cfg.batch * (2 if number == "04" else 1)  # the student answers for pairs and for fresh noise
         lpips = number == "04" and cfg.distance == "lpips"
         distance = STAGES["04"].LPIPS() if lpips else STAGES["04"].squared_l2
         net.precision = precision
@@ -254,8 +255,8 @@ def operations(net, *shapes):
 def costs(preset):
     """Operations of each of the five stages: [01, ..., 05]. A gradient counts as two more forward passes."""
     c1, c2, c3, c4, c5 = (settings(number, preset) for number in STAGES)
-    big, small = (operations(UNet(c1.image_size, 3, c.base, c.mult, c.blocks, c.attn),
-                             (1, 3, c1.image_size, c1.image_size), (1,)) for c in (c1, c3))
+    shapes = (1, 3, c1.image_size, c1.image_size), (1,)
+    big, small = (operations(UNet(**network_of(number, preset)), *shapes) for number in ("01", "03"))
     # 04: the student on pairs and fresh noise, the flow once. D sees two images of each, one with a gradient.
     distance = 3 * operations(STAGES["04"].LPIPS().features, (1, 3, 64, 64)) if c4.distance == "lpips" else 0
     own_pairs = c4.n_pairs * c4.pair_steps * small if c4.pairs_from == "flow" else 0

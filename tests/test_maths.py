@@ -167,6 +167,12 @@ def noisy(step, trainer):
     return smooth(step, trainer) + (torch.rand(()) + rows.mean() / 1000) * trainer.net[0].weight.sum()
 
 
+def broken(step, trainer):
+    if step == 17:  # without a signal
+        raise KeyboardInterrupt("stopped after step 17")
+    return noisy(step, trainer)
+
+
 def trained(cfg, loss=noisy, made_from="1", **changed):
     """Trains, and returns all that was computed: weights, EMA, what the optimisers remember, and samples."""
     cfg = SimpleNamespace(**{**vars(cfg), **changed})
@@ -208,17 +214,15 @@ def test_it_does_what_a_few_lines_by_hand_do(cfg):
 
 @pytest.mark.parametrize("seconds", [-1, 300])  # between two saved states
 def test_a_run_continues_to_the_same_bits_and_each_seed_and_process_draws_others(cfg, monkeypatch, seconds):
-    def broken(step, trainer):
-        if step == 17:  # without a signal
-            raise KeyboardInterrupt("stopped after step 17")
+    def ended(step, trainer):
         if step == 16 and seconds > 0:
             os.kill(os.getpid(), signal.SIGINT)
-        return noisy(step, trainer)
+        return broken(step, trainer)
 
     whole = trained(cfg)
     monkeypatch.setattr(common, "SAVE_SECONDS", seconds)
     with pytest.raises(KeyboardInterrupt, match="stopped after step 17"):
-        trained(cfg, broken, restart=True)
+        trained(cfg, ended, restart=True)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     assert same(trained(cfg, out="elsewhere", data="y", device="auto"), whole)  # these may change
     assert not same(trained(cfg, seed=1, restart=True), whole)
@@ -227,11 +231,6 @@ def test_a_run_continues_to_the_same_bits_and_each_seed_and_process_draws_others
 
 
 def test_a_run_may_continue_in_another_memory_layout(cfg, monkeypatch):
-    def broken(step, trainer):
-        if step == 17:
-            raise KeyboardInterrupt
-        return noisy(step, trainer)
-
     whole = trained(cfg)
     monkeypatch.setattr(common, "SAVE_SECONDS", -1)
     with pytest.raises(KeyboardInterrupt):
