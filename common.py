@@ -763,7 +763,7 @@ class Trainer:
             signal.signal(number, signal.default_int_handler)
 
     def seed(self, step, use):
-        """A seed of this process's own. use: 1 for all that a step draws, 2 for the rows that draw() takes."""
+        """A seed of this process's own. use: 1 for what a step draws, 2 for the rows that draw() takes."""
         return int(np.random.SeedSequence(self.cfg.seed, spawn_key=(step, RANK, use)).generate_state(1)[0])
 
     def draw(self, *tensors):
