@@ -17,6 +17,10 @@ average image: one Euler step gives a blur. On the way fewer and fewer lines rem
 towards one image. So this teacher needs many steps. The later stages make the paths straight, in a smaller
 network.
 
+The weights jitter from batch to batch. Their moving average (EMA) does not, and makes better images: only it
+is kept. It forgets the first weights: in step n d = min(ema, (1 + n) / (10 + n)) of the average stays. The
+paper's 0.999999 would be reached after 9 million steps.
+
 At first the network answers 0, so the loss begins at E |x - z|^2, which is 1.5 for `shapes`. It does not go
 to 0, however good the network is: the lines through x_t do differ from their average. About 0.06 remains.
 
@@ -27,8 +31,8 @@ Takes   shapes: half a minute on 2 CPU cores (AMD EPYC, torch 2.13)
 """
 import torch
 
-from common import (Trainer, UNet, draw_t, fingerprint, from_uint8, load_images, on_device, require, run,
-                    samples, save_grid, save_network, say, start)
+from common import (EPS, Trainer, UNet, fingerprint, from_uint8, load_images, require, run, samples,
+                    save_grid, save_network, say, start)
 
 SETTINGS = [
     # name          shapes     cifar10_quick  cifar10       ffhq64        imagenet64
@@ -37,23 +41,35 @@ SETTINGS = [
     ("image_size",  16,        32,            32,           64,           64,           "pixels"),
     ("conditional", True,      False,         False,        False,        True,         "with class labels"),
     ("flip",        True,      True,          True,         True,         False,        "mirror half"),
-    # The network. (The paper's teachers are published networks; ImageNet's has 296M parameters, this 114M.)
+    # The network. (The paper's teachers are published; ImageNet's has 296M parameters, the one here 114M.)
     ("base",        20,        128,           128,          128,          192,          "channels, level 1"),
     ("mult",        (1, 2),    (1, 2, 2),     (1, 2, 2, 2), (1, 2, 2, 2), (1, 2, 2, 2), "levels, x base"),
     ("blocks",      1,         2,             4,            4,            3,            "blocks per level"),
     ("attn",        (8,),      (16,),         (16,),        (16,),        (16,),        "attention sizes"),
     ("dropout",     0.0,       0.1,           0.15,         0.15,         0.1,          "probability"),
-    # Training. (The paper trains no teacher. These are the steps that it gives stage 03.)
-    ("t_distribution", "logit_normal", "uniform", "uniform", "uniform", "uniform", "of t, see draw_t()"),
-    ("optimizer",   "muon",    "adam",        "adam",       "adam",       "adam",       "adam or muon"),
+    # Training. (The paper trains no teacher. These are the steps that it gives stage 03.) With Muon the judge
+    # of 05 names 99.6 % of the teacher's `shapes` as asked, with Adam 97.9 % (one seed).
+    ("t_distribution", "logit_normal", "uniform", "uniform", "uniform", "uniform",
+     ("uniform", "logit_normal", "early")),  # see draw_t()
+    ("optimizer",   "muon",    "adam",        "adam",       "adam",       "adam",       ("adam", "muon")),
     ("steps",       900,       30_000,        800_000,      800_000,      800_000,      "optimiser steps"),
     ("batch",       16,        128,           128,          128,          128,          "images per step"),
     ("lr",          4e-3,      2e-4,          2e-4,         2e-4,         2e-4,         "learning rate"),
     ("warmup",      100,       1000,          5000,         5000,         5000,         "while lr rises"),
     ("cooldown",    0.6,       0.3,           0.0,          0.0,          0.0,          "share: lr falls"),
     ("ema",         0.999,     0.9995,        0.999999,     0.999999,     0.999999,     "of the weights"),
-    ("precision",   "fp32",    "auto",        "auto",       "auto",       "auto",       "fp32, bf16 or auto"),
+    ("precision",   "fp32",    "auto",        "auto",       "auto",       "auto",  ("fp32", "bf16", "auto")),
 ]
+
+
+def draw_t(n, distribution, device):
+    """n times t in [EPS, 1]: (n,)."""
+    t = torch.rand(n, device=device)  # "uniform" (paper)
+    if distribution == "early":  # more often near the noise: sampling in one call uses v(z, EPS) alone
+        t = t**2
+    elif distribution == "logit_normal":  # more often in the middle. Esser et al., 2403.03206
+        t = torch.randn(n, device=device).sigmoid()
+    return EPS + (1 - EPS) * t
 
 
 def flow_loss(net, z, x, t, labels=None):
@@ -77,14 +93,14 @@ def main(cfg):
     if cfg.conditional:
         require(labels is not None, f"--conditional needs labels, and {cfg.data} has none")
         made_from["labels"], classes = fingerprint(labels), int(labels.max()) + 1
-        absent = sorted(set(range(classes)) - set(labels.tolist()))
+        absent = sorted(set(range(classes)) ^ set(labels.tolist()))
         require(not absent, f"{cfg.data} has labels up to {classes - 1}, no images of class {absent[:10]}. A "
                 "class without images cannot be learned: number the classes from 0, without gaps")
     say(f"data | {len(images):,} images from {cfg.data}, {classes} classes")
 
     # 2. The network.
-    net = UNet(cfg.image_size, 3, cfg.base, cfg.mult, cfg.blocks, cfg.attn, classes, cfg.dropout)
-    net = on_device(net, device, cfg.precision)
+    net = UNet(cfg.image_size, 3, cfg.base, cfg.mult, cfg.blocks, cfg.attn, classes, cfg.dropout,
+               cfg.precision).to(device)
     say(f"teacher | {sum(p.numel() for p in net.parameters()):,} parameters")
 
     # 3. Training.

@@ -1,14 +1,14 @@
 """Stage 02: let the teacher pair every noise with an image.
 
 The teacher's flow is an ordinary differential equation. Its velocity v(x, t) has a single value at each
-place and time, so two paths never cross (where they met, they would go on together), and each noise z leads
-to exactly one image x. Euler's method follows it in N small steps, which are N network calls:
+place and time. So two paths cannot cross: from a point there is only one way on, and only one way back. Each
+noise z leads to exactly one image x. Euler's method follows it in N small steps, which are N network calls:
 
     dx/dt = v(x, t),  x = z at the start:        x <- x + v(x, t_i) / N,  t_i = EPS + (1 - EPS) i / N
 
 Such a couple (z, x) is a pair. In stage 01 noise and image were drawn independently of each other; here they
-belong together, and this is what stages 03 and 04 learn from. Because the paths do not cross, the straight
-lines between their ends cross far less often than lines between random ends.
+belong together, and this is what stages 03 and 04 learn from. The straight lines between the ends of paths
+cross far less often than lines between random ends.
 
 Pair i has the noise noise_for(seed, i). It is rounded to float16, as it is stored, before it is followed: so
 the stored noise leads to the stored image.
@@ -32,7 +32,7 @@ SETTINGS = [
     # name           shapes  cifar10_quick  cifar10  ffhq64  imagenet64
     ("n_pairs",      1024,   50_000,        50_000,  50_000, 200_000, "pairs to make. paper: 50,000 or more"),
     ("sample_steps", 10,     50,            100,     100,    100,     "Euler steps. paper: RK45, adaptive"),
-    ("precision",    "fp32", "auto",        "fp32",  "fp32", "fp32",  "of the network: fp32, bf16 or auto"),
+    ("precision",    "fp32", "auto",        "fp32",  "fp32", "fp32",  ("fp32", "bf16", "auto")),
 ]
 BATCH = 128  # ours: pairs per network call
 

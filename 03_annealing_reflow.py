@@ -20,43 +20,48 @@ are independent), and the network always meets N(0, I) at t = 0, as it will when
 The loss begins as in stage 01, near 1.5, and ends at about 0.02 for `shapes`: far lower than the teacher's,
 although most t are early, where the teacher's is highest. With pairs far fewer lines meet.
 
-When does annealing pay? It gained nothing in 12 passes over 1,024 pairs (here are 20), and much where few
-pairs are passed over hundreds of times, as in the paper. The network learns those by heart in any case;
+When does annealing pay? Here it gained nothing in 12 passes over 1,024 pairs, and much where few pairs are
+passed over hundreds of times, as in the paper. The network learns those by heart in any case;
 annealed, it still makes good images of other noises (docs/results.md).
 
 Reads   out/<preset>/02_pairs.pt
 Writes  out/<preset>/03_reflow.pt, 03_samples.png; 03_state.pt, from which a run continues
 Takes   shapes: half a minute on 2 CPU cores (AMD EPYC, torch 2.13)
 """
+import importlib
 import math
 
 import torch
 
-from common import (Trainer, UNet, UserError, draw_t, load, load_network, on_device, require, run, samples,
-                    save_grid, save_network, say, start)
+from common import (Trainer, UNet, load, load_network, require, run, samples, save_grid, save_network, say,
+                    start)
+
+draw_t = importlib.import_module("01_train_teacher").draw_t  # a name that starts with a digit needs this
 
 SETTINGS = [
     # name           shapes     cifar10_quick  cifar10    ffhq64     imagenet64
-    ("schedule",     "linear",  "linear",      "linear",  "linear",  "linear",   "of beta, see beta()"),
+    ("schedule",     "linear",  "linear",      "linear",  "linear",  "linear",
+     ("linear", "cosine", "exponential", "none")),  # see beta()
     ("anneal_steps", 300,       15_000,        300_000,   300_000,   300_000,    "K, steps of annealing"),
     ("flip",         True,      True,          True,      True,      False,      "mirror half of the pairs"),
-    # The small network: 0.1M, 7.0M, 15.7M, 15.7M, 80.6M parameters. (Paper, ImageNet: 80.7M, not this kind.)
+    # The small network: 0.1M, 7.0M, 15.7M, 15.7M, 80.6M parameters. (Paper, ImageNet: an ADM U-Net, 80.7M.)
     ("base",         12,        64,            96,        96,        192,        "channels of level 1"),
     ("mult",         (1, 2),    (1, 2, 2),     (1, 2, 2), (1, 2, 2), (1, 2, 2),  "of each level, times base"),
     ("blocks",       1,         2,             2,         2,         3,          "residual blocks per level"),
     ("attn",         (8,),      (16,),         (16,),     (16,),     (16,),      "sizes with attention"),
     ("dropout",      0.0,       0.0,           0.15,      0.15,      0.13,       "probability"),
-    ("start_from",   "scratch", "scratch",     "scratch", "scratch", "scratch",  "or teacher: as large"),
+    ("start_from",   "scratch", "scratch",     "scratch", "scratch", "scratch",  ("scratch", "teacher")),
     # Training.
-    ("t_distribution", "early", "uniform",     "uniform", "uniform", "uniform",  "of t, see draw_t()"),
-    ("optimizer",    "muon",    "adam",        "adam",     "adam",    "adam",    "adam or muon"),
+    ("t_distribution", "early", "uniform",     "uniform", "uniform", "uniform",
+     ("uniform", "logit_normal", "early")),  # see 01's draw_t()
+    ("optimizer",    "muon",    "adam",        "adam",    "adam",    "adam",     ("adam", "muon")),
     ("steps",        1300,      40_000,        800_000,   800_000,   800_000,    "optimiser steps"),
     ("batch",        16,        128,           128,       128,       128,        "pairs per step"),
     ("lr",           8e-3,      2e-4,          2e-4,      2e-4,      2e-4,       "learning rate"),
     ("warmup",       100,       1000,          5000,      5000,      5000,       "steps while lr rises"),
     ("cooldown",     0.6,       0.3,           0.0,       0.0,       0.0,        "share while lr falls"),
     ("ema",          0.999,     0.9995,        0.999999,  0.999999,  0.999999,   "decay of averaged weights"),
-    ("precision",    "fp32",    "auto",        "auto",    "auto",    "auto",     "fp32, bf16 or auto"),
+    ("precision",    "fp32",    "auto",        "auto",    "auto",    "auto",  ("fp32", "bf16", "auto")),
 ]
 
 
@@ -70,9 +75,7 @@ def beta(step, cfg):
         return max(0.0, 1 - k)
     if cfg.schedule == "cosine":
         return (1 + math.cos(math.pi * min(1.0, k))) / 2
-    if cfg.schedule == "exponential":
-        return math.exp(-k)
-    raise UserError(f"--schedule {cfg.schedule}: choose from linear, cosine, exponential, none")
+    return math.exp(-k)  # exponential
 
 
 def reflow_loss(net, z, x, t, b, labels=None):
@@ -99,12 +102,11 @@ def main(cfg):
     say(f"pairs | {len(pairs['x']):,} of {size}x{size}")
 
     # 2. The small network, from random weights. In stage 04 it becomes the student.
-    require(cfg.start_from in ("scratch", "teacher"), f"--start_from {cfg.start_from}: scratch or teacher")
     if cfg.start_from == "teacher":  # the usual reflow: its weights, and so its size
         net, _ = load_network(cfg, "01_teacher.pt", device)
     else:
-        net = UNet(size, 3, cfg.base, cfg.mult, cfg.blocks, cfg.attn, classes, cfg.dropout)
-        net = on_device(net, device, cfg.precision)
+        net = UNet(size, 3, cfg.base, cfg.mult, cfg.blocks, cfg.attn, classes, cfg.dropout, cfg.precision)
+        net.to(device)
     say(f"small network | {sum(p.numel() for p in net.parameters()):,} parameters")
 
     # 3. Training, while beta falls.
@@ -115,6 +117,7 @@ def main(cfg):
         if cfg.flip:
             # Mirror both ends: the mirrored noise leads to the mirrored image, if the teacher treats left and
             # right alike. It does so as far as --flip in stage 01 has taught it; nothing built in ensures it.
+            # So a teacher that was trained without flips, such as imagenet64's, allows none here.
             mirrored = torch.rand(len(x), 1, 1, 1, device=device) < 0.5
             z, x = torch.where(mirrored, z.flip(3), z), torch.where(mirrored, x.flip(3), x)
         t, b = draw_t(len(x), cfg.t_distribution, device), beta(step, cfg)

@@ -21,7 +21,7 @@ from later, when more of the image shows, is the target.)
 
 D is a distance of images: squared L2; pseudo-Huber; or LPIPS, which compares what a network for photographs
 sees in them. (`shapes` has pseudo-Huber, about the length of x - y: squares would blur what is in doubt. Its
-loss begins near 5 and ends near 3, the length of 768 errors of 0.05 in each of the two terms.)
+loss begins near 5 and ends near 3: two terms, each the length of 768 errors of about 0.05.)
 
 Reads   out/<preset>/03_reflow.pt; 02_pairs.pt with --pairs_from teacher; published weights with --distance
         lpips
@@ -37,30 +37,30 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import (EPS, OWN_PAIRS, Trainer, UNet, UserError, compiled, download, load, load_network,
-                    on_device, require, run, samples, save_grid, save_network, say, start)
+from common import (EPS, OWN_PAIRS, Trainer, UNet, download, load, load_network, require, run, samples,
+                    save_grid, save_network, say, start)
 
 SETTINGS = [
     # name         shapes     cifar10_quick  cifar10   ffhq64    imagenet64
-    ("distance",   "huber",   "lpips",       "lpips",  "lpips",  "lpips",    "D: l2, huber or lpips"),
+    ("distance",   "huber",   "lpips",       "lpips",  "lpips",  "lpips",    ("l2", "huber", "lpips")),  # D
     ("guidance",   1.0,       1.0,           1.0,      1.0,      1.0,        "weight of L_2step; 0: off"),
-    ("guide_from", "noise",   "noise",       "noise",  "noise",  "noise",    "noise (new) or pairs"),
+    ("guide_from", "noise",   "noise",       "noise",  "noise",  "noise",    ("noise", "pairs")),
     ("t_low",      0.2,       0.2,           0.2,      0.2,      0.2,        "official code: t from 0.2"),
     ("t_high",     0.8,       0.8,           0.8,      0.8,      0.8,        "official code: t to 0.8"),
     # `shapes` learns from the pairs that are there already; the paper's best students from the flow's own.
-    ("pairs_from", "teacher", "flow",        "flow",   "flow",   "flow",     "teacher (02) or flow (own)"),
+    ("pairs_from", "teacher", "flow",        "flow",   "flow",   "flow",     ("teacher", "flow")),
     ("n_pairs",    1024,      50_000,        50_000,   50_000,   200_000,    "own pairs to make"),
     ("pair_steps", 10,        25,            100,      100,      100,        "Euler steps. paper: RK45"),
     # Training.
-    ("start_from", "flow",    "flow",        "flow",   "flow",   "flow",     "flow or scratch"),
-    ("optimizer",  "muon",     "adam",        "adam",    "adam",    "adam",     "adam or muon"),
+    ("start_from", "flow",    "flow",        "flow",   "flow",   "flow",     ("flow", "scratch")),
+    ("optimizer",  "muon",    "adam",        "adam",   "adam",   "adam",     ("adam", "muon")),
     ("steps",      500,       15_000,        400_000,  400_000,  400_000,    "optimiser steps"),
     ("batch",      16,        128,           128,      128,      128,        "pairs, and new noises"),
     ("lr",         5e-3,      2e-4,          2e-4,     2e-4,     2e-4,       "learning rate"),
     ("warmup",     50,        0,             0,        0,        0,          "steps while lr rises"),
     ("cooldown",   1.0,       0.5,           0.0,      0.0,      0.0,        "share while lr falls"),
     ("ema",        0.995,     0.9995,        0.999999, 0.999999, 0.999999,   "decay of the averaged weights"),
-    ("precision",  "fp32",    "auto",        "auto",   "auto",   "auto",     "fp32, bf16 or auto"),
+    ("precision",  "fp32",    "auto",        "auto",   "auto",   "auto",     ("fp32", "bf16", "auto")),
 ]
 
 
@@ -107,34 +107,31 @@ def guided_loss(velocity, flow, z, t, distance, labels=None):
 
 def main(cfg):
     device = start(cfg, "04 student")
-    require(cfg.t_low <= cfg.t_high <= 1, f"--t_low {cfg.t_low} must not be above --t_high {cfg.t_high}, or "
-            "that above 1")
-    require(cfg.guide_from in ("noise", "pairs"), f"--guide_from {cfg.guide_from}: choose noise or pairs")
+    require(cfg.t_low <= cfg.t_high <= 1, f"--t_low {cfg.t_low} --t_high {cfg.t_high}: the first must not be "
+            "above the second, nor the second above 1")
 
     # 1. The 2-rectified flow v, and the student v' that starts as its copy.
     flow, artifact = load_network(cfg, "03_reflow.pt", device)
     student = copy.deepcopy(flow)
     if cfg.start_from == "scratch":
-        student = on_device(UNet(**flow.args), device, cfg.precision)
-    else:
-        require(cfg.start_from == "flow", f"--start_from {cfg.start_from}: choose flow or scratch")
+        student = UNet(**flow.args, precision=cfg.precision).to(device)
     say(f"student | {sum(p.numel() for p in student.parameters()):,} parameters, from {cfg.start_from}")
 
     # 2. The distance D.
     if cfg.distance == "lpips":
         distance = load_lpips(device)
     else:
-        require(cfg.distance in ("l2", "huber"), f"--distance {cfg.distance}: choose l2, huber or lpips")
         distance = squared_l2 if cfg.distance == "l2" else pseudo_huber
 
     # 3. Pairs: the teacher's, or the flow's own, made as in stage 02.
     if cfg.pairs_from == "flow":
         make_pairs = importlib.import_module("02_generate_pairs").make_pairs
         make_pairs(cfg, "04_pairs.pt", flow, artifact["lineage"], cfg.n_pairs, cfg.pair_steps, OWN_PAIRS)
-    require(cfg.pairs_from in ("flow", "teacher"), f"--pairs_from {cfg.pairs_from}: choose teacher or flow")
     pairs = load(cfg, "04_pairs.pt" if cfg.pairs_from == "flow" else "02_pairs.pt")
     made_from = {**artifact["lineage"], **pairs["lineage"]}
-    compiled(flow, cfg.steps).requires_grad_(False)
+    flow.requires_grad_(False)
+    if device.type == "cuda" and cfg.steps >= 5000:  # as in Trainer
+        flow.compile(dynamic=False)
     say(f"pairs | {len(pairs['x']):,} of the {cfg.pairs_from}'s")
 
     # 4. Training: L_distill + guidance L_2step.
@@ -201,16 +198,12 @@ class LPIPS(nn.Module):
                 # Where all channels are 0, the root alone would have no gradient (0/0).
                 yield h / (h.square().sum(1, keepdim=True) + 1e-20).sqrt()
 
-    def per_layer(self, x, y):
-        """The distance in each of the five layers: (B, 5)."""
-        distances = []
+    def forward(self, x, y):
+        distance = 0
         for i, (a, b) in enumerate(zip(self.unit_features(x), self.unit_features(y))):
             weight = self.get_submodule(f"lin{i}.model.1").weight[0]  # (C, 1, 1), positive
-            distances.append(((a - b).square() * weight).sum(1).mean(dim=(1, 2)))
-        return torch.stack(distances, dim=1)
-
-    def forward(self, x, y):
-        return self.per_layer(x, y).sum(1)
+            distance = distance + ((a - b).square() * weight).sum(1).mean(dim=(1, 2))
+        return distance
 
 
 def load_lpips(device):

@@ -7,11 +7,12 @@ Frechet distance; Heusel et al. 2017, 1706.08500):
     d = |m1 - m2|^2 + tr( S1 + S2 - 2 (S1 S2)^(1/2) )
 
 If F is the Inception network of 2015 with its published weights, this is FID. The resize, the rounding and
-the number of images change it, so they are printed below the table. For `shapes` F is a small classifier of
-drawings, the judge: its distance is FD-shapes, comparable with nothing but itself. The judge also says how
-often it finds the class that was asked for ("red triangle"): named as asked. All networks are judged by
-images made from the same noises, which nothing was trained on. --images SET --reference SET measures any
-images. --png N only writes images, as files; --label "red triangle" (or a class number) says of what.
+the number of images change it: they are printed below the table, and only equal ones may be compared. For
+`shapes` F is a small classifier of drawings, the judge: its distance is FD-shapes, comparable with nothing
+but itself. The judge also says how often it finds the class that was asked for ("red triangle"): named as
+asked. All networks are judged by images made from the same noises, which nothing was trained on. --images SET
+--reference SET measures any images. --png N only writes images, as files; --label "red triangle" (or a class
+number) says of what.
 
 Reads   out/<preset>/01_teacher.pt, 03_reflow.pt, 04_student.pt; the teacher's data; Inception's weights
 Writes  out/<preset>/05_results.md, 05_results.json, 05_samples.png; with --only NAME 05_NAME.*, with
@@ -36,18 +37,20 @@ from common import (CLASSES, EVALUATION, RANK, WORLD, Attention, UserError, down
 
 SETTINGS = [
     # name            shapes       cifar10_quick  cifar10     ffhq64      imagenet64
-    ("only",          "all",       "all",         "all",      "all",      "all",      "teacher, flow ..."),
+    ("only",          "all",       "all",         "all",      "all",      "all",
+     ("all", "teacher", "flow", "student")),
     ("images",        "",          "",            "",         "",         "",         "a folder or zip"),
     ("reference",     "",          "",            "",         "",         "",         "images, or .npz"),
     ("n_samples",     1024,        10_000,        50_000,     50_000,     50_000,     "images per network"),
     ("teacher_steps", 12,          50,            100,        100,        100,        "calls. paper: RK45"),
     ("flow_steps",    6,           25,            100,        100,        100,        "calls. paper: RK45"),
     ("student_steps", 1,           1,             1,          1,          1,          "calls"),
-    ("metric",        "fd_shapes", "fid",         "fid",      "fid",      "fid",      "or none"),
-    ("resize",        "tf1",       "tf1",         "tf1",      "tf1",      "tf1",      "or pytorch_fid"),
-    ("rounding",      "round",     "truncate",    "truncate", "truncate", "truncate", "paper: truncate"),
-    ("allow_few",     False,       False,         False,      False,      False,      "images < features"),
-    ("precision",     "fp32",      "fp32",        "fp32",     "fp32",     "fp32",     "fp32, bf16 or auto"),
+    ("metric",        "fd_shapes", "fid",         "fid",      "fid",      "fid",
+     ("fd_shapes", "fid", "none")),
+    ("resize",        "tf1",       "tf1",         "tf1",      "tf1",      "tf1", ("tf1", "pytorch_fid")),
+    ("rounding",      "round",     "truncate",    "truncate", "truncate", "truncate", ("round", "truncate")),
+    ("allow_few",     False,       False,         False,      False,      False,      "few images, too"),
+    ("precision",     "fp32",      "fp32",        "fp32",     "fp32",     "fp32", ("fp32", "bf16", "auto")),
     ("png",           0,           0,             0,          0,          0,          "images to write"),
     ("label",         "",          "",            "",         "",         "",         "--png: the class"),
 ]
@@ -171,9 +174,6 @@ def table(rows, metric):
 @torch.no_grad()
 def main(cfg):
     device = start(cfg, "05 evaluation")
-    for name, choices in (("only", "all teacher flow student"), ("metric", "fd_shapes fid none"),
-                          ("resize", "tf1 pytorch_fid"), ("rounding", "round truncate")):
-        require(getattr(cfg, name) in choices.split(), f"--{name} {getattr(cfg, name)}: choose of {choices}")
     require(min(cfg.n_samples - 1, cfg.teacher_steps, cfg.flow_steps, cfg.student_steps) >= 1,
             "--n_samples must be at least 2, and the steps at least 1")
     require(not cfg.images or cfg.reference and not cfg.png, "--images needs --reference, and takes no --png")
@@ -201,7 +201,7 @@ def main(cfg):
         given = load_images(cfg.images, None)[0]
     elif cfg.metric == "fd_shapes":
         given, given_labels = draw_shapes(cfg.n_samples, size, seed=1)
-    if not source.endswith(".npz"):
+    if cfg.metric != "none" and not source.endswith(".npz"):
         real = load_images(source, given.shape[-1] if cfg.images and source == "shapes" else size)[0]
         require(given is None or given.shape[1:] == real.shape[1:],
                 f"{cfg.images} holds images of another size than {source}: bring them to one size first")
@@ -300,95 +300,70 @@ class Conv(nn.Module):
         return F.relu(self.bn(self.conv(x)))
 
 
-class Mixed(nn.Module):
-    """Several chains of convolutions side by side, and a pooling branch, concatenated.
-
-    chains  {name: [(channels, kernel), ...]}; a list as the last entry forks into two ends, _a and _b
-    pool    "avg" or "max", followed by a 1x1 convolution to c_pool channels; with stride 2: the pooling alone
-    """
-
-    def __init__(self, c_in, chains, pool, c_pool=0, stride=1):
-        super().__init__()
-        self.pool, self.stride, self.names = pool, stride, []
-        self.c_out = c_pool or c_in
-        for name, chain in chains.items():
-            c, steps = c_in, []
-            for i, entry in enumerate(chain, 1):
-                step_stride = stride if i == len(chain) else 1
-                fork = entry if isinstance(entry, list) else [entry]
-                ends = [f"{name}_{i}{'ab'[j] if len(fork) > 1 else ''}" for j in range(len(fork))]
-                ends = [name] if len(chain) == 1 else ends
-                for end, (c_out, kernel) in zip(ends, fork):
-                    self.add_module(end, Conv(c, c_out, kernel, step_stride))
-                c = sum(c_out for c_out, _ in fork) if i == len(chain) else fork[0][0]
-                steps.append(ends)
-            self.names.append(steps)
-            self.c_out += c
-        if c_pool:
-            self.branch_pool = Conv(c_in, c_pool, 1)
-
-    def forward(self, x):
-        outputs = []
-        for steps in self.names:
-            h = x
-            for ends in steps:
-                h = torch.cat([getattr(self, end)(h) for end in ends], dim=1)
-            outputs.append(h)
-        if self.stride == 2:
-            outputs.append(F.max_pool2d(x, 3, 2))
-        elif self.pool == "max":
-            outputs.append(self.branch_pool(F.max_pool2d(x, 3, 1, 1)))
-        else:
-            outputs.append(self.branch_pool(F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)))
-        return torch.cat(outputs, dim=1)
-
-
 class Inception(nn.Module):
-    """Inception-v3 as FID uses it (the TensorFlow network of 2015-12-05), with pytorch-fid's key names.
+    """Inception-v3 as FID uses it (the TensorFlow network of 2015-12-05), with pytorch-fid's names.
 
-    Maps images (B, 3, 299, 299), scaled as in inception_features, to features (B, 2048).
+    Maps images (B, 3, 299, 299), scaled as in inception_features, to features (B, 2048). A layer is made when
+    forward first comes to it, so that all about it stands in one place.
     """
 
     def __init__(self):
         super().__init__()
-        self.Conv2d_1a_3x3 = Conv(3, 32, 3, stride=2)
-        self.Conv2d_2a_3x3 = Conv(32, 32, 3, padding=0)
-        self.Conv2d_2b_3x3 = Conv(32, 64, 3)
-        self.Conv2d_3b_1x1 = Conv(64, 80, 1)
-        self.Conv2d_4a_3x3 = Conv(80, 192, 3, padding=0)
-        c = 192  # 35x35
-        for name, c_pool in (("Mixed_5b", 32), ("Mixed_5c", 64), ("Mixed_5d", 64)):
-            block = Mixed(c, {"branch1x1": [(64, 1)], "branch5x5": [(48, 1), (64, 5)],
-                              "branch3x3dbl": [(64, 1), (96, 3), (96, 3)]}, "avg", c_pool)
-            self.add_module(name, block)
-            c = block.c_out
-        chains = {"branch3x3": [(384, 3)], "branch3x3dbl": [(64, 1), (96, 3), (96, 3)]}
-        self.Mixed_6a = Mixed(c, chains, "max", stride=2)
-        c = self.Mixed_6a.c_out  # 768, 17x17
-        row, column = (1, 7), (7, 1)
-        for name, c7 in (("Mixed_6b", 128), ("Mixed_6c", 160), ("Mixed_6d", 160), ("Mixed_6e", 192)):
-            self.add_module(name, Mixed(c, {
-                "branch1x1": [(192, 1)], "branch7x7": [(c7, 1), (c7, row), (192, column)],
-                "branch7x7dbl": [(c7, 1), (c7, column), (c7, row), (c7, column), (192, row)]}, "avg", 192))
-        self.Mixed_7a = Mixed(c, {"branch3x3": [(192, 1), (320, 3)],
-                                  "branch7x7x3": [(192, 1), (192, row), (192, column), (192, 3)]}, "max",
-                              stride=2)
-        c = self.Mixed_7a.c_out  # 1280, 8x8
-        fork = [(384, (1, 3)), (384, (3, 1))]
-        for name, pool in (("Mixed_7b", "avg"), ("Mixed_7c", "max")):
-            block = Mixed(c, {"branch1x1": [(320, 1)], "branch3x3": [(384, 1), fork],
-                              "branch3x3dbl": [(448, 1), (384, 3), fork]}, pool, 192)
-            self.add_module(name, block)
-            c = block.c_out  # 2048
-        self.fc = nn.Linear(c, 1008)  # in the published file; FID does not use it
+        self.fc = nn.Linear(2048, 1008)  # in the published file; FID needs only its width
+        self(torch.zeros(1, 3, 75, 75))  # makes the layers
+
+    def chain(self, x, name, *layers, **more):
+        """Convolutions (channels, kernel) one after the other, `more` for the last: name_1, name_2, ..."""
+        for i, (c_out, kernel) in enumerate(layers, 1):
+            full = f"{name}_{i}" if len(layers) > 1 else name
+            if full not in self._modules:
+                conv = Conv(x.shape[1], c_out, kernel, **(more if i == len(layers) else {}))
+                self.add_module(full, conv.eval())
+            x = self._modules[full](x)
+        return x
 
     def forward(self, x):
-        x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))  # (B, 64, 147, 147)
-        x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(F.max_pool2d(x, 3, 2)))  # (B, 192, 71, 71)
+        chain, row, column = self.chain, (1, 7), (7, 1)
+        x = chain(x, "Conv2d_1a_3x3", (32, 3), stride=2)
+        x = chain(x, "Conv2d_2a_3x3", (32, 3), padding=0)
+        x = chain(x, "Conv2d_2b_3x3", (64, 3))  # (B, 64, 147, 147)
+        x = chain(F.max_pool2d(x, 3, 2), "Conv2d_3b_1x1", (80, 1))
+        x = chain(x, "Conv2d_4a_3x3", (192, 3), padding=0)
         x = F.max_pool2d(x, 3, 2)  # (B, 192, 35, 35)
-        for name in ("5b", "5c", "5d", "6a", "6b", "6c", "6d", "6e", "7a", "7b", "7c"):
-            x = getattr(self, f"Mixed_{name}")(x)
+        for name, c_pool in (("Mixed_5b", 32), ("Mixed_5c", 64), ("Mixed_5d", 64)):
+            name += "/branch"
+            x = torch.cat([chain(x, name + "1x1", (64, 1)), chain(x, name + "5x5", (48, 1), (64, 5)),
+                           chain(x, name + "3x3dbl", (64, 1), (96, 3), (96, 3)),
+                           chain(average(x), name + "_pool", (c_pool, 1))], dim=1)
+        name = "Mixed_6a/branch"
+        x = torch.cat([chain(x, name + "3x3", (384, 3), stride=2),
+                       chain(x, name + "3x3dbl", (64, 1), (96, 3), (96, 3), stride=2),
+                       F.max_pool2d(x, 3, 2)], dim=1)  # (B, 768, 17, 17)
+        for name, c in (("Mixed_6b", 128), ("Mixed_6c", 160), ("Mixed_6d", 160), ("Mixed_6e", 192)):
+            name += "/branch"
+            x = torch.cat([chain(x, name + "1x1", (192, 1)),
+                           chain(x, name + "7x7", (c, 1), (c, row), (192, column)),
+                           chain(x, name + "7x7dbl", (c, 1), (c, column), (c, row), (c, column), (192, row)),
+                           chain(average(x), name + "_pool", (192, 1))], dim=1)
+        name = "Mixed_7a/branch"
+        x = torch.cat([chain(x, name + "3x3", (192, 1), (320, 3), stride=2),
+                       chain(x, name + "7x7x3", (192, 1), (192, row), (192, column), (192, 3), stride=2),
+                       F.max_pool2d(x, 3, 2)], dim=1)  # (B, 1280, 8, 8)
+        row, column = (1, 3), (3, 1)
+        for name, pool in (("Mixed_7b", average), ("Mixed_7c", nn.MaxPool2d(3, 1, 1))):
+            name += "/branch"
+            h = chain(x, name + "3x3_1", (384, 1))
+            g = chain(chain(x, name + "3x3dbl_1", (448, 1)), name + "3x3dbl_2", (384, 3))
+            x = torch.cat([chain(x, name + "1x1", (320, 1)),
+                           chain(h, name + "3x3_2a", (384, row)), chain(h, name + "3x3_2b", (384, column)),
+                           chain(g, name + "3x3dbl_3a", (384, row)),
+                           chain(g, name + "3x3dbl_3b", (384, column)),
+                           chain(pool(x), name + "_pool", (192, 1))], dim=1)  # (B, 2048, 8, 8)
         return x.mean(dim=(2, 3))
+
+
+def average(x):
+    return F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
 
 
 def resize_tf1(x, size=299):
@@ -416,7 +391,8 @@ def inception_features(net, images_uint8, resize="tf1"):
 def load_inception(device):
     """Inception with the published weights, in eval mode. Raises UserError where they cannot be had."""
     path, net = download(INCEPTION_URL, INCEPTION_SHA256, "go without: --metric none"), Inception()
-    net.load_state_dict(dict(torch.load(path, map_location="cpu", weights_only=True)))
+    weights = torch.load(path, map_location="cpu", weights_only=True)
+    net.load_state_dict({key.replace(".branch", "/branch"): value for key, value in weights.items()})
     return net.to(device).eval()
 
 

@@ -1,178 +1,142 @@
 """Does each idea of the paper help, and by how much? The stages, over grids of settings and seeds.
 
-    python extras/ablations.py                        # every grid, 5 seeds, on `shapes`: hours on 2 CPU cores
-    python extras/ablations.py --grid distillation    # one of them
+    python extras/ablations.py --grid distillation    # or, without --grid, all: hours on 2 CPU cores
 
-A run is one stage in a folder of its own, which links to the artifacts of the runs that it is made from. Its
-settings and theirs name the folder: grids share runs, none is made twice, the same command continues. (Code
-that changes makes no new run; the tables name the commits.) Variants are compared by seed: the same seed
-shares what the grid does not vary. 05 has the same noise for all (--seed 0).
+A run is one stage in a folder of its own, which links to what it is made from. Its settings and those of its
+parents name the folder: grids share runs, none is made twice, the same command continues. (Code that changes
+makes no new run; the tables name the commits.) Variants are compared by seed: the same seed shares what the
+grid does not vary. 05 has the same noise for all (--seed 0).
 
 Writes  extras/results/<grid>.json (all scores), .md (table and verdicts), .png; runs into <out>/ablations
 """
-import argparse
-import concurrent.futures
-import contextlib
 import hashlib
 import importlib
 import json
 import math
-import multiprocessing
 import os
-import platform
-import shutil
-import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stdout
 from pathlib import Path
 from statistics import mean, stdev
+from typing import NamedTuple
 
 import torch
 from PIL import Image, ImageDraw
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "extras" / "results"
-sys.path.insert(0, str(ROOT))
-from common import (EVALUATION, euler, labels_for, load, load_network, noise_for, read_settings, require, run,
-                    say, settings_of, start, writing)
+RESULTS = Path(__file__).resolve().parent / "results"
+sys.path.insert(0, str(RESULTS.parent.parent))
+from common import (euler, load, load_network, read_settings, require, run, samples, say, settings_of, start,
+                    writing)
 
 STAGES = {name[:2]: importlib.import_module(name) for name in (
     "01_train_teacher", "02_generate_pairs", "03_annealing_reflow", "04_flow_guided_distill", "05_eval_fid")}
 MADE = {"01": "01_teacher.pt", "02": "02_pairs.pt", "03": "03_reflow.pt", "04": "04_student.pt"}
 T_QUANTILE = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}  # Student's t, 97.5 %, n values
-# Name in a row of 05: (title, sign of what is better, factor, digits). own, fresh: see errors().
-SCORES = {"distance": ("FD-shapes", -1, 1, 3), "named": ("named as asked, %", 1, 100, 1),
-          "own": ("error, own noise", -1, 1, 4), "fresh": ("error, fresh noise", -1, 1, 4)}
+# Name in a row of 05: (title, factor, sign of what is better, format). own, fresh: see add_errors().
+SCORES = {"distance": ("FD-shapes", 1, -1, ".3f"), "named": ("named as asked, %", 100, 1, ".1f"),
+          "own": ("error, own noise", 1, -1, ".4f"), "fresh": ("error, fresh noise", 1, -1, ".4f")}
 SETTINGS = [  # name, its value for each preset, text
-    ("grid", *["all"] * 5, "calls, reflow, distillation, time, pairs, start, size, precision, passes; all"),
+    ("grid", *["all"] * 5, "calls, precision, reflow, start, passes, distillation, time, pairs, size; all"),
     ("seeds", *[5] * 5, "runs of each variant, with the seeds 0, 1, ..."),
     ("jobs", *[0] * 5, "runs at a time; 0: one for each CPU core"),
 ]
 
 
-# --------------------------------------------------------------------------------------------------- The runs
-
-@dataclass(frozen=True)
-class Run:
+class Run(NamedTuple):
     """A stage ("01" ... "05") on what its parents made. The seed is not part of it."""
     stage: str
     settings: tuple  # (("steps", 500), ...); what is not named is the preset's
     parents: tuple
 
-    def ancestors(self):
-        """The run itself and all that it was made from."""
-        return {self}.union(*(parent.ancestors() for parent in self.parents))
-
-    def cfg(self, preset, *words):
-        """The stage's settings. Pairs may be others than those that a flow was made from."""
-        cfg = read_settings(STAGES[self.stage].SETTINGS, "", ["--preset", preset, "--allow_mixed", *words])
-        return argparse.Namespace(**{**vars(cfg), **dict(self.settings)})
-
-    def depends_on(self, preset):
-        """Text of all that the result depends on but the seed: every setting of this run and its parents."""
-        parents = (parent.depends_on(preset) for parent in self.parents)
-        return "\n".join([self.stage, str(settings_of(self.cfg(preset))), *parents])
-
-    def folder(self, cfg, seed):
-        digest = hashlib.sha256(self.depends_on(cfg.preset).encode()).hexdigest()[:10]
-        return Path(cfg.out, "ablations", f"{self.stage}-{digest}-seed{seed}", cfg.preset)
+    def cfg(self, cfg, seed):
+        """The stage's own settings. All that the result depends on, parents too, is in the folder's name."""
+        own = read_settings(STAGES[self.stage].SETTINGS, "", ["--preset", cfg.preset, "--allow_mixed"])
+        vars(own).update(self.settings, device=cfg.device, seed=0 if self.stage == "05" else seed)
+        parents = [parent.cfg(cfg, seed).folder.parent.name for parent in self.parents]
+        digest = hashlib.sha256(f"{parents} {settings_of(own)}".encode()).hexdigest()[:10]
+        own.folder = Path(cfg.out, "ablations", f"{self.stage}-{digest}-seed{seed}", cfg.preset)
+        return own
 
 
 def stage(number, *parents, **settings):
     return Run(number, tuple(settings.items()), parents)
 
 
+def make_all(tasks, cfg):
+    """{(run, seed): what make() returns} of the runs and all that they are made from, with every seed."""
+    require(not cfg.restart and cfg.seed == 0, "no --restart (delete out/ablations), no --seed (see --seeds)")
+    needed, made, jobs = list(dict.fromkeys(tasks)), {}, cfg.jobs or os.cpu_count()
+    for task in needed:  # the list grows meanwhile
+        needed += [parent for parent in task.parents if parent not in needed]
+    spawn, threads = torch.multiprocessing.get_context("spawn"), max(1, os.cpu_count() // jobs)
+    with ProcessPoolExecutor(jobs, spawn, torch.set_num_threads, [threads]) as pool:
+        for number in sorted({task.stage for task in needed}):  # a run is made from those of earlier stages
+            runs = [(task, seed) for task in needed if task.stage == number for seed in range(cfg.seeds)]
+            made.update(zip(runs, pool.map(make, *zip(*runs), [cfg] * len(runs))))
+    return made
+
+
 def make(task, seed, cfg):
     """Makes a run, unless done.json in its folder says that it is done; returns that file's content."""
-    folder, module, began = task.folder(cfg, seed), STAGES[task.stage], time.time()
-    if (folder / "done.json").exists():
-        return json.loads((folder / "done.json").read_text())
-    folder.mkdir(parents=True, exist_ok=True)
+    own, began = task.cfg(cfg, seed), time.time()
+    done = own.folder / "done.json"
+    if done.exists():
+        return json.loads(done.read_text())
+    own.folder.mkdir(parents=True, exist_ok=True)
     for parent in task.parents:
-        link = folder / MADE[parent.stage]
+        link = own.folder / MADE[parent.stage]
         link.unlink(missing_ok=True)  # the parent may have been made again
-        os.link(parent.folder(cfg, seed) / link.name, link)
-    stage_cfg = task.cfg(cfg.preset, "--out", str(folder.parent), "--device", cfg.device,
-                         "--seed", str(0 if task.stage == "05" else seed))
-    changes = [f"{key}={value}" for key, value in task.settings]
-    found = {"run": " ".join([module.__name__, f"seed={stage_cfg.seed}", *changes]), "origin": origin(cfg)}
-    with open(folder / "log.txt", "a") as log, contextlib.redirect_stdout(log):
-        module.main(stage_cfg)
-        for results in folder.glob("05_*.json"):
+        os.link(parent.cfg(cfg, seed).folder / link.name, link)
+    machine = f"{os.cpu_count()} cores {torch.backends.cpu.get_cpu_capability()}"
+    commit = os.popen(f"git -C '{RESULTS}' describe --always --dirty=+ 2>/dev/null").read().strip()
+    found = {"origin": f"{machine}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}, commit {commit}"}
+    with open(own.folder / "log.txt", "a") as log, redirect_stdout(log):
+        STAGES[task.stage].main(own)
+        for results in own.folder.glob("05_*.json"):
             found |= json.loads(results.read_text())
-        if task.stage == "05" and {"01", "02"} <= {parent.stage for parent in task.parents}:
-            errors(stage_cfg, found["rows"])
+            if (own.folder / MADE["02"]).exists():
+                add_errors(own, found["rows"])
     found["seconds"] = round(time.time() - began, 1)
-    with writing(folder / "done.json") as file:
+    with writing(done) as file:
         file.write(json.dumps(found).encode())
-    say(f"{found['seconds']:.0f} s | {found['run']}")
+    say(f"{found['seconds']:.0f} s | stage {task.stage}, seed {seed}, {dict(task.settings)}")
     return found
 
 
-@torch.no_grad()
-def errors(cfg, rows):
+def add_errors(cfg, rows):
     """Adds to a flow's rows the mean squared difference of its images and the teacher's from the same noises:
     own, those of the pairs that it learned from, and fresh ones. Learning by heart makes own smaller."""
     device, pairs = start(cfg, "errors"), load(cfg, MADE["02"])
     (flow, _), (teacher, _) = (load_network(cfg, MADE[number], device) for number in ("03", "01"))
     z, x, y = (pairs[key].to(device) for key in ("z", "x", "labels"))
-    z_fresh = noise_for(cfg.seed, range(EVALUATION, EVALUATION + 256), z.shape[1:]).to(device)
-    y_fresh = labels_for(cfg.seed, 256, flow.args["classes"]).to(device)
-    x_fresh = euler(teacher, z_fresh, pairs["made"]["steps"], y_fresh)
-    for row in rows:
-        if row["network"] == "2-rectified flow":
-            row["own"] = (euler(flow, z.float(), row["calls"], y) - x).square().mean().item()
-            row["fresh"] = (euler(flow, z_fresh, row["calls"], y_fresh) - x_fresh).square().mean().item()
-
-
-def origin(cfg):
-    """On what a run is made, when, and with which commit. A + after the commit: files differ from it."""
-    words = ["git", "-C", str(ROOT), "describe", "--always", "--exclude=*", "--dirty=+"]
-    git = subprocess.run(words, capture_output=True, text=True).stdout if shutil.which("git") else ""
-    machine = f"{os.cpu_count()} cores {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
-    if torch.cuda.is_available() and cfg.device.startswith(("auto", "cuda")):
-        machine = torch.cuda.get_device_name()
-    today, commit = time.strftime("%Y-%m-%d"), git.strip() or "unknown"
-    return f"{machine}, torch {torch.__version__}, {today}, commit {commit}"
+    x_fresh = samples(teacher, cfg.seed, range(256), pairs["made"]["steps"])
+    for row in rows[1:]:  # the first is that of real drawings
+        row["own"] = (euler(flow, z.float(), row["calls"], y) - x).square().mean().item()
+        row["fresh"] = (samples(flow, cfg.seed, range(256), row["calls"]) - x_fresh).square().mean().item()
 
 
 def made_with(made):
-    """A line that tells where, when, with which commits and in which time the runs were made."""
+    """A line: how many runs, in which time, on what, when, with which commits (a +: files differed)."""
     hours, origins = sum(one["seconds"] for one in made) / 3600, sorted({one["origin"] for one in made})
     return f"{len(made)} runs, one after the other {hours:.1f} hours: {'; '.join(origins)}."
 
 
-def make_all(tasks, cfg):
-    """{(run, seed): what make() returns} of the runs and all that they are made from, with every seed."""
-    require(not cfg.restart, f"--restart: delete {cfg.out}/ablations instead, or choose another --out")
-    require(cfg.seed == 0, "--seed: every variant is run with the seeds 0, 1, ...; their number is --seeds")
-    jobs, made = cfg.jobs or os.cpu_count(), {}
-    needed = sorted(set().union(*(task.ancestors() for task in tasks)), key=str)
-    spawn, threads = multiprocessing.get_context("spawn"), (max(1, os.cpu_count() // jobs),)
-    with concurrent.futures.ProcessPoolExecutor(jobs, spawn, torch.set_num_threads, threads) as pool:
-        for number in STAGES:  # what a run is made from is of earlier stages
-            keys = [(task, seed) for task in needed if task.stage == number for seed in range(cfg.seeds)]
-            say(f"stage {number} | {len(keys)} runs")
-            made |= zip(keys, pool.map(make, *zip(*keys), [cfg] * len(keys)) if keys else [])
-    return made
-
-
-# -------------------------------------------------------------------------------------------------- The grids
-
-@dataclass
 class Grid:
-    title: str
-    variants: dict = field(default_factory=dict)  # {name: (run of 05, network in its table, calls)}
-    claims: list = field(default_factory=list)  # (text, the better variant, the worse one)
+    """Variants {name: (run of 05, network in its table, calls)}; claims (text, better variant, worse one)."""
+
+    def __init__(self, title, variants=None):
+        self.title, self.variants, self.claims = title, variants or {}, []
 
     def add(self, name, trained, *others):
         """A variant for a trained student; for a flow two, with 6 calls and with one."""
-        kind, network = {"03": ("flow", "2-rectified flow"), "04": ("student", "student")}[trained.stage]
-        task = stage("05", trained, *others, only=kind, reference="shapes")
-        for calls in (6, 1) if kind == "flow" else (1,):
-            end = {6: ", 6 calls", 1: ", 1 call"}[calls] if kind == "flow" else ""
-            self.variants[name + end] = task, network, calls
+        if trained.stage == "04":
+            self.variants[name] = stage("05", trained, only="student", reference="shapes"), "student", 1
+        else:
+            task = stage("05", trained, *others, only="flow", reference="shapes")
+            self.variants[f"{name}, 6 calls"] = task, "2-rectified flow", 6
+            self.variants[f"{name}, 1 call"] = task, "2-rectified flow", 1
 
     def claim(self, text, better, worse):
         """That a variant is better than another (flows: with 6 calls, and with one), if both are there."""
@@ -181,168 +145,138 @@ class Grid:
                 self.claims.append((text + end, better + end, worse + end))
 
 
-TEACHER = stage("01")
-PAIRS = stage("02", TEACHER)
-ABLATED = {"neither": dict(schedule="none", flip=False), "flips": dict(schedule="none"),
-           "annealing": dict(flip=False), "both": {}}  # settings of 03
-HELPS = (("annealing helps, with flips", "both", "flips"), ("annealing helps", "annealing", "neither"),
-         ("flips help, with annealing", "both", "annealing"), ("flips help", "flips", "neither"))
-
-
-# Shorter than the preset's: differences show earlier, and a grid has to end.
-def reflow_of(*parents, **settings):
-    return stage("03", *parents or [PAIRS], **{"steps": 800, "anneal_steps": 300, **settings})
-
-
-def distilled(flow=reflow_of(), pairs=PAIRS, **settings):
-    return stage("04", pairs, flow, **{"steps": 300, **settings})
-
-
-def whole_chain(calls, **settings):
-    """05 for networks that were all made with the preset's settings, but for `settings`."""
-    teacher = stage("01", **settings)
-    pairs = stage("02", teacher, **settings)
-    flow = stage("03", pairs, **settings)
-    return stage("05", teacher, flow, stage("04", pairs, flow, **settings), **settings, **calls)
-
-
 def grids():
     """{name: Grid} of all experiments."""
-    calls = Grid("Calls, with the preset's training")
+    def chain(number, **settings):
+        """A stage after those before it, all with the preset's settings but for these."""
+        before = {"01": (), "02": ("01",), "03": ("02",), "04": ("02", "03"), "05": ("01", "03", "04")}
+        return stage(number, *(chain(parent, **settings) for parent in before[number]), **settings)
+
+    found, teacher, pairs, preset_flow = {}, chain("01"), chain("02"), chain("03")
+    grid = found["calls"] = Grid("Calls, with the preset's training")
     for network in ("teacher", "2-rectified flow", "student"):
         for n in (12, 4, 2, 1):
-            chain = whole_chain(dict(teacher_steps=n, flow_steps=n, student_steps=n))
-            calls.variants[f"{network}, calls: {n}"] = chain, network, n
-    calls.claim("reflow makes one call better", "2-rectified flow, calls: 1", "teacher, calls: 1")
-    calls.claim("distillation makes one call better", "student, calls: 1", "2-rectified flow, calls: 1")
-
-    # Paper, Tables 3 and 4. Each pair is seen 12 times.
-    reflow = Grid("Annealing reflow, 800 steps; cosine and exponential have flips")
-    for name, settings in {**ABLATED, **{s: dict(schedule=s) for s in ("cosine", "exponential")}}.items():
-        reflow.add(name, reflow_of(**settings))
-    for claim in (*HELPS, ("linear is better than cosine", "both", "cosine"),
-                  ("linear is better than exponential", "both", "exponential")):
-        reflow.claim(*claim)
-
-    # Paper, Table 5. A guided step takes twice as long: 600 steps without guidance take the time of 300.
-    distillation, alone = Grid("Distillation, 300 steps"), dict(guidance=0.0)
-    for what, settings in (("teacher's pairs", {}), ("own pairs", dict(pairs_from="flow")),
-                           ("from random weights", dict(start_from="scratch"))):
-        distillation.add(f"{what}: guided", distilled(**settings))
-        distillation.add(f"{what}: pairs only", distilled(**settings, **alone))
-        distillation.add(f"{what}: pairs only, 600 steps", distilled(**settings, **alone, steps=600))
-        distillation.claim(f"{what}: guidance helps", f"{what}: guided", f"{what}: pairs only")
-        distillation.claim("... at equal time", f"{what}: guided", f"{what}: pairs only, 600 steps")
-    own, teachers, random = ("own pairs: guided", "teacher's pairs: guided", "from random weights: guided")
-    distillation.claim("the start from the 2-rectified flow helps", teachers, random)
-    distillation.claim("own pairs are better than the teacher's", own, teachers)
-    on_pairs = "teacher's pairs: two steps from the pairs' noise"
-    distillation.add(on_pairs, distilled(guide_from="pairs"))
-    distillation.claim("two steps help without fresh noise", on_pairs, "teacher's pairs: pairs only")
-    distillation.claim("fresh noise helps", teachers, on_pairs)
-
-    longer, flow = Grid("Guidance by training time, with the preset's flow"), stage("03", PAIRS)
-    for n in (500, 1000, 2000):
-        name = f"{n} steps alone"
-        longer.add(name, distilled(flow, steps=n, **alone))
-        if n < 2000:
-            longer.add(f"{n} steps guided", distilled(flow, steps=n))
-            longer.claim(f"guidance helps at {n} steps", f"{n} steps guided", name)
-        if n > 500:
-            longer.claim(f"... at the time of {n} steps alone", f"{n // 2} steps guided", name)
-    few = stage("02", TEACHER, n_pairs=64)
-    longer.add("64 pairs: 2000 steps alone", distilled(flow, few, steps=2000, **alone))
-    longer.add("64 pairs: 1000 steps guided", distilled(flow, few, steps=1000))
-    longer.add("64 pairs: 1000 steps from their noise", distilled(flow, few, steps=1000, guide_from="pairs"))
-    for text, worse in (("guidance helps at the time of 2000 steps alone", "2000 steps alone"),
-                        ("fresh noise helps", "1000 steps from their noise")):
-        longer.claim(f"64 pairs: {text}", "64 pairs: 1000 steps guided", f"64 pairs: {worse}")
-
-    by_pairs = Grid("Distillation by the number of pairs, 300 steps (stage 03: 1,024 pairs)")
-    for n in (64, 256, 1024, 4096):
-        pairs = PAIRS if n == 1024 else stage("02", TEACHER, n_pairs=n)
-        by_pairs.add(f"{n} pairs: guided", distilled(pairs=pairs))
-        by_pairs.add(f"{n} pairs: pairs only", distilled(pairs=pairs, **alone))
-        by_pairs.claim(f"guidance helps with {n} pairs", f"{n} pairs: guided", f"{n} pairs: pairs only")
-
-    # A flow of the teacher's size can start from the teacher's weights: what annealing is to make up for.
-    begun = Grid("Where a flow as large as the teacher starts, 800 steps")
-    cfg = read_settings(STAGES["01"].SETTINGS, "", ["--preset", "shapes"])
-    large = {key: getattr(cfg, key) for key in ("base", "mult", "blocks", "attn")}
-    trained = dict(schedule="none", start_from="teacher")
-    begun.add("the teacher's weights", reflow_of(TEACHER, PAIRS, **large, **trained))
-    begun.add("random weights", reflow_of(**large, schedule="none"))
-    begun.add("random weights, annealing", reflow_of(**large))
-    begun.claim("the teacher's weights help", "the teacher's weights", "random weights")
-    begun.claim("annealing helps from random weights", "random weights, annealing", "random weights")
-
-    # The paper's gain from annealing was measured after 2,000 passes over its pairs, by a network that could
-    # learn them by heart. So: few pairs, in a small network, over and over. Its explanation, that fixed pairs
-    # are hard to learn from random weights, predicts a smaller error on the pairs' own noise with annealing.
-    passes = Grid("Few pairs, passed over often, by a network of base 8")
-    for n, times in ((64, 100), (64, 1000), (64, 4000), (256, 100), (256, 500)):
-        pairs, steps = stage("02", TEACHER, n_pairs=n), times * n // 64
-        for name in ABLATED if steps <= 1000 else ("neither", "annealing"):  # flips would take too long
-            # K: paper: 300,000 of 800,000 steps.
-            settings = dict(base=8, batch=64, steps=steps, anneal_steps=steps * 3 // 8, **ABLATED[name])
-            passes.add(f"{n} pairs, {times:,} passes: {name}", reflow_of(pairs, **settings), TEACHER, pairs)
-        for text, *both in HELPS:
-            passes.claim(f"{n} pairs, {times:,} passes: {text}",
-                         *(f"{n} pairs, {times:,} passes: {name}" for name in both))
-
-    size = Grid("Students by the channels of their first level, 300 steps")
-    for base in (8, 12, 16):
-        size.add(f"base {base}", distilled(reflow_of(base=base)))
-    size.claim("base 12 is better than base 8", "base 12", "base 8")
-    size.claim("base 16 is better than base 12", "base 16", "base 12")
-
-    precision = Grid("All stages in fp32 and in bf16")
+            task = stage("05", *chain("05").parents, teacher_steps=n, flow_steps=n, student_steps=n)
+            grid.variants[f"{network}, calls: {n}"] = task, network, n
+    grid.claim("reflow makes one call better", "2-rectified flow, calls: 1", "teacher, calls: 1")
+    grid.claim("distillation makes one call better", "student, calls: 1", "2-rectified flow, calls: 1")
+    grid = found["precision"] = Grid("All stages in fp32 and in bf16")
     for network, n in (("teacher", 12), ("2-rectified flow", 6), ("student", 1)):
         for name in ("fp32", "bf16"):
-            precision.variants[f"{network}, {name}"] = whole_chain({}, precision=name), network, n
-        precision.claim(f"{network}: fp32 is better", f"{network}, fp32", f"{network}, bf16")
-    return {"calls": calls, "reflow": reflow, "distillation": distillation, "time": longer, "pairs": by_pairs,
-            "start": begun, "size": size, "precision": precision, "passes": passes}
+            grid.variants[f"{network}, {name}"] = chain("05", precision=name), network, n
+        grid.claim(f"{network}: fp32 is better", f"{network}, fp32", f"{network}, bf16")
 
+    # Annealing reflow: paper, Tables 3 and 4. Each pair is seen 12 times, but in the last grid.
+    short = dict(steps=800, anneal_steps=300)  # differences show earlier, and a grid has to end
+    plain = dict(schedule="none")
+    ablated = {"neither": dict(plain, flip=False), "flips": plain, "annealing": dict(flip=False), "both": {}}
+    helps = (("annealing helps, with flips", "both", "flips"), ("annealing helps", "annealing", "neither"),
+             ("flips help, with annealing", "both", "annealing"), ("flips help", "flips", "neither"))
+    grid = found["reflow"] = Grid("Annealing reflow, 800 steps; cosine and exponential have flips")
+    for name, settings in ablated.items():
+        grid.add(name, stage("03", pairs, **short, **settings))
+    for text, better, worse in helps:
+        grid.claim(text, better, worse)
+    for schedule in ("cosine", "exponential"):
+        grid.add(schedule, stage("03", pairs, **short, schedule=schedule))
+        grid.claim(f"linear is better than {schedule}", "both", schedule)
+    # A flow of the teacher's size can start from the teacher's weights: what annealing is to make up for.
+    grid = found["start"] = Grid("Where a flow as large as the teacher starts, 800 steps")
+    large = dict(**short, base=20, mult=(1, 2), blocks=1, attn=(8,))  # stage 01's, for shapes
+    grid.add("the teacher's weights", stage("03", teacher, pairs, **large, **plain, start_from="teacher"))
+    grid.add("random weights", stage("03", pairs, **large, **plain))
+    grid.add("random weights, annealing", stage("03", pairs, **large))
+    grid.claim("the teacher's weights help", "the teacher's weights", "random weights")
+    grid.claim("annealing helps from random weights", "random weights, annealing", "random weights")
+    # The paper's gain was measured after 2,000 passes, enough to learn pairs by heart. Its explanation, that
+    # fixed pairs are hard to learn from random weights, predicts a smaller error on the pairs' own noise.
+    grid = found["passes"] = Grid("Few pairs, passed over often, by a network of base 8")
+    for n, times in ((64, 100), (64, 1000), (64, 4000), (256, 100), (256, 500)):
+        what, some, steps = f"{n} pairs, {times:,} passes", stage("02", teacher, n_pairs=n), times * n // 64
+        training = dict(steps=steps, anneal_steps=steps * 3 // 8, base=8, batch=64)  # 3/8 as in the paper
+        for name in ablated if steps <= 1000 else ("neither", "annealing"):  # flips would take too long
+            grid.add(f"{what}: {name}", stage("03", some, **training, **ablated[name]), teacher, some)
+        for text, better, worse in helps:
+            grid.claim(f"{what}: {text}", f"{what}: {better}", f"{what}: {worse}")
 
-# ------------------------------------------------------------------------------------------------- The tables
+    # Distillation: paper, Table 5. A guided step takes as long as two on pairs alone.
+    flow, alone = stage("03", pairs, **short), dict(guidance=0.0)
+    grid = found["distillation"] = Grid("Distillation, 300 steps")
+    for what, settings in (("teacher's pairs", {}), ("own pairs", dict(pairs_from="flow")),
+                           ("from random weights", dict(start_from="scratch"))):
+        grid.add(f"{what}: guided", stage("04", pairs, flow, steps=300, **settings))
+        grid.add(f"{what}: pairs only", stage("04", pairs, flow, steps=300, **settings, **alone))
+        grid.add(f"{what}: pairs only, 600 steps", stage("04", pairs, flow, steps=600, **settings, **alone))
+        grid.claim(f"{what}: guidance helps", f"{what}: guided", f"{what}: pairs only")
+        grid.claim("... at equal time", f"{what}: guided", f"{what}: pairs only, 600 steps")
+    guided, on_pairs = "teacher's pairs: guided", "teacher's pairs: two steps from the pairs' noise"
+    grid.add(on_pairs, stage("04", pairs, flow, steps=300, guide_from="pairs"))
+    grid.claim("the start from the 2-rectified flow helps", guided, "from random weights: guided")
+    grid.claim("own pairs are better than the teacher's", "own pairs: guided", guided)
+    grid.claim("two steps help without fresh noise", on_pairs, "teacher's pairs: pairs only")
+    grid.claim("fresh noise helps", guided, on_pairs)
+    grid = found["time"] = Grid("Guidance by training time, with the preset's flow")
+    for n in (500, 1000, 2000):
+        grid.add(f"{n} steps alone", stage("04", pairs, preset_flow, steps=n, **alone))
+        if n < 2000:
+            grid.add(f"{n} steps guided", stage("04", pairs, preset_flow, steps=n))
+    grid.claim("guidance helps at 500 steps", "500 steps guided", "500 steps alone")
+    grid.claim("guidance helps at 1000 steps", "1000 steps guided", "1000 steps alone")
+    grid.claim("... at the time of 1000 steps alone", "500 steps guided", "1000 steps alone")
+    grid.claim("... at the time of 2000 steps alone", "1000 steps guided", "2000 steps alone")
+    guided, on_pairs = "64 pairs: 1000 steps guided", "64 pairs: 1000 steps from their noise"
+    longer, few = "64 pairs: 2000 steps alone", stage("02", teacher, n_pairs=64)
+    grid.add(longer, stage("04", few, preset_flow, steps=2000, **alone))
+    grid.add(guided, stage("04", few, preset_flow, steps=1000))
+    grid.add(on_pairs, stage("04", few, preset_flow, steps=1000, guide_from="pairs"))
+    grid.claim("64 pairs: guidance helps at the time of 2000 steps alone", guided, longer)
+    grid.claim("64 pairs: fresh noise helps", guided, on_pairs)
+    grid = found["pairs"] = Grid("Distillation by the number of pairs, 300 steps (stage 03: 1,024 pairs)")
+    for n in (64, 256, 1024, 4096):
+        some = pairs if n == 1024 else stage("02", teacher, n_pairs=n)
+        grid.add(f"{n} pairs: guided", stage("04", some, flow, steps=300))
+        grid.add(f"{n} pairs: pairs only", stage("04", some, flow, steps=300, **alone))
+        grid.claim(f"guidance helps with {n} pairs", f"{n} pairs: guided", f"{n} pairs: pairs only")
+    grid = found["size"] = Grid("Students by the channels of their first level, 300 steps")
+    for base in (8, 12, 16):
+        grid.add(f"base {base}", stage("04", pairs, stage("03", pairs, **short, base=base), steps=300))
+    grid.claim("base 12 is better than base 8", "base 12", "base 8")
+    grid.claim("base 16 is better than base 12", "base 16", "base 12")
+    return found
+
 
 def values_of(grid, made, seeds):
     """{variant: {score: [value for each seed]}} from what make_all() returned."""
-    judges = {one["protocol"]["judge"] for one in made.values() if "protocol" in one}
-    require(len(judges) == 1, f"the runs had different judges ({judges}): delete their folders 05-*")
     values = {}
     for variant, (task, network, calls) in grid.variants.items():
         rows = [row for seed in range(seeds) for row in made[task, seed]["rows"]
-                if (row["network"], row["calls"]) == (network, calls)]
-        values[variant] = {score: [float(f"{row[score] * factor:.6g}") for row in rows]
-                           for score, (_, _, factor, _) in SCORES.items() if score in rows[0]}
+                if row["network"] == network and row["calls"] == calls]
+        values[variant] = {score: [factor * row[score] for row in rows]
+                           for score, (_, factor, _, _) in SCORES.items() if score in rows[0]}
     return values
 
 
 def table(grid, values, made):
     """The lines of <grid>.md. made: what make() returned, of each run."""
-    scores = list(next(iter(values.values())))
-    seeds = len(values[next(iter(values))]["distance"])
-    lines = [f"**{grid.title}**: mean ± standard deviation of {seeds} seeds.", "",
-             f"| variant | {' | '.join(SCORES[score][0] for score in scores)} |",
-             "|---|" + "---:|" * len(scores)]
+    first = next(iter(values.values()))
+    scores, n_seeds = {score: SCORES[score] for score in first}, len(first["distance"])
+    titles = [title for title, *_ in scores.values()]
+    lines = [f"**{grid.title}**: mean ± standard deviation of {n_seeds} seeds.", "",
+             f"| variant | {' | '.join(titles)} |", "|---|" + "---:|" * len(titles)]
     for variant, found in values.items():
-        cells = [f"{mean(found[score]):.{SCORES[score][3]}f} ± {stdev(found[score]):.{SCORES[score][3]}f}"
-                 for score in scores]
+        cells = [f"{mean(found[s]):{form}} ± {stdev(found[s]):{form}}" for s, (*_, form) in scores.items()]
         lines.append(f"| {variant} | {' | '.join(cells)} |")
-    lines += ["", f"| claim |{''.join(f' gain in {SCORES[score][0]} | verdict |' for score in scores)}",
-              "|---|" + "---:|---|" * len(scores)]
+    lines += ["", f"| claim |{''.join(f' gain in {title} | verdict |' for title in titles)}",
+              "|---|" + "---:|---|" * len(titles)]
     for text, better, worse in grid.claims:
-        cells = [text]
-        for score in scores:
-            _, sign, _, digits = SCORES[score]
+        line = f"| {text} |"
+        for score, (_, _, sign, form) in scores.items():
             gains = [sign * (a - b) for a, b in zip(values[better][score], values[worse][score])]
-            middle, half = mean(gains), T_QUANTILE[seeds] * stdev(gains) / math.sqrt(seeds)
+            middle, half = mean(gains), T_QUANTILE[n_seeds] * stdev(gains) / math.sqrt(n_seeds)
             verdict = "shown" if middle > half else "opposite" if middle < -half else "not shown"
-            cells += [f"{middle:+.{digits}f} ± {half:.{digits}f}", verdict]
-        lines.append(f"| {' | '.join(cells)} |")
-    n = len(grid.claims) * len(scores)
+            line += f" {middle:+{form}} ± {half:{form}} | {verdict} |"
+        lines.append(line)
+    n = len(grid.claims) * len(titles)
     return [*lines, "", "Gains are above 0 where the claim holds, with 95 % intervals; seeds are compared in "
             f"pairs. Each interval stands for itself: of {n} gains without any truth in them, {0.05 * n:.1f} "
             "would on average be called shown or opposite.", "", made_with(made), ""]
@@ -350,43 +284,38 @@ def table(grid, values, made):
 
 def plot(path, grid, values):
     """A line for each variant, with a dot for each seed and a bar at the mean."""
-    canvas = Image.new("RGB", (820, 60 + 19 * len(values)), "white")
-    draw, found = ImageDraw.Draw(canvas), [scores["distance"] for scores in values.values()]
-    low, high = 0.93 * min(map(min, found)), 1.07 * max(map(max, found))
-
     def at(value):
         return 310 + 490 * math.log(value / low) / math.log(high / low)
 
+    found = [scores["distance"] for scores in values.values()]
+    low, high = 0.93 * min(map(min, found)), 1.07 * max(map(max, found))
+    canvas = Image.new("RGB", (820, 60 + 19 * len(found)), "white")
+    draw = ImageDraw.Draw(canvas)
     draw.text((8, 6), f"{grid.title}: FD-shapes, logarithmic", "black", font_size=13)
-    for tick in (0.5, 1, 1.5, 2, 2.5, 3, 3.5, 4, 5, 6, 8, 10, 12, 15, 20, 30, 40, 60, 80):
-        if low < tick < high:
-            draw.line([(at(tick), 50), (at(tick), canvas.height)], "#dddddd")
-            draw.text((at(tick), 34), f"{tick:g}", "black", font_size=11, anchor="ma")
+    for tick in [n for n in (1, 1.5, 2, 3, 4, 6, 8, 10, 15, 20, 30, 40, 60) if low < n < high]:
+        draw.line((at(tick), 50, at(tick), canvas.height), "#dddddd")
+        draw.text((at(tick), 34), f"{tick:g}", "black", font_size=11, anchor="ma")
     for y, variant, seeds in zip(range(60, canvas.height, 19), values, found):
         draw.text((8, y), variant, "black", font_size=12, anchor="lm")
-        draw.line([(at(mean(seeds)), y - 7), (at(mean(seeds)), y + 7)], "#d1495b", 3)
+        draw.line((at(mean(seeds)), y - 7, at(mean(seeds)), y + 7), "#d1495b", 3)
         for value in seeds:
-            draw.ellipse([at(value) - 3, y - 3, at(value) + 3, y + 3], outline="#174a7c")
-    with writing(path) as file:
-        canvas.save(file, "PNG")
+            draw.circle((at(value), y), 3, outline="#174a7c")
+    canvas.save(path)
 
 
 def main(cfg):
-    start(cfg, "ablations")
     require(cfg.preset == "shapes", f"--preset {cfg.preset}: the grids' budgets are made for shapes")
     require(cfg.seeds in T_QUANTILE, f"--seeds {cfg.seeds}: choose from 2 to 8")
     require(cfg.grid in ("all", *grids()), f"--grid {cfg.grid}: choose from all, {', '.join(grids())}")
-    for name in grids() if cfg.grid == "all" else [cfg.grid]:
-        grid = grids()[name]
-        made = make_all([task for task, _, _ in grid.variants.values()], cfg)
-        values = values_of(grid, made, cfg.seeds)
-        lines = table(grid, values, made.values())
-        facts = json.dumps({"grid": name, "made": made_with(made.values()), "values": values}, indent=0)
-        for suffix, text in (("json", facts), ("md", "\n".join(lines))):
-            with writing(RESULTS / f"{name}.{suffix}") as file:
-                file.write(text.encode())
-        plot(RESULTS / f"{name}.png", grid, values)
-        say("\n".join(["", *lines, f"wrote {RESULTS}/{name}.json, .md, .png"]))
+    for name, grid in grids().items():
+        if cfg.grid in ("all", name):
+            made = make_all([task for task, _, _ in grid.variants.values()], cfg)
+            values = values_of(grid, made, cfg.seeds)
+            lines = table(grid, values, made.values())
+            (RESULTS / f"{name}.md").write_text("\n".join(lines))
+            (RESULTS / f"{name}.json").write_text(json.dumps({"grid": name, "values": values}, indent=0))
+            plot(RESULTS / f"{name}.png", grid, values)
+            say("\n".join(["", *lines, f"wrote {RESULTS}/{name}.json, .md, .png"]))
 
 
 if __name__ == "__main__":

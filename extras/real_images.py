@@ -21,7 +21,7 @@ import torch.nn as nn
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from ablations import MADE, RESULTS, STAGES, made_with, make_all, stage  # it makes common importable
 from common import (from_uint8, labels_for, load_images, load_network, require, run, samples, save_grid, say,
-                    start, writing)
+                    start)
 
 SETTINGS = [  # name, its value for each preset, text
     ("data", *["cifar10"] * 5, "cifar10 (downloaded), or the path of a folder or zip with labels"),
@@ -31,8 +31,6 @@ SETTINGS = [  # name, its value for each preset, text
     ("judge_steps", *[1500] * 5, "training steps of the classifier"),
     ("seeds", *[1] * 5, "runs of everything, with the seeds 0, 1, ..."),
     ("jobs", *[1] * 5, "runs at a time"),
-    ("rounding", *["round"] * 5, "of the images, as in 05"),
-    ("precision", *["auto"] * 5, "of the networks when they are judged"),
 ]
 NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
@@ -57,17 +55,13 @@ def networks(cfg):
             "student, pairs only, twice the steps": (alone, 1), "student, guided": (guided, 1)}
 
 
-def classifier(classes):
-    """From images (B, 3, H, W) in [-1, 1] to classes; all but the last layer: to features (B, 128)."""
-    layers, c = [], 3
-    for width in (32, 64, 128):
-        layers += [STAGES["05"].Conv(c, width, 3), STAGES["05"].Conv(width, width, 3), nn.MaxPool2d(2)]
-        c = width
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(c, classes))
-
-
-def train_classifier(net, images, labels, steps, device):
-    """Trains it; returns the share that it names rightly of a tenth of the images, which it does not see."""
+def train_classifier(images, labels, classes, steps, device):
+    """A classifier, whose last layer takes features (B, 128); numbers of a tenth of the images, not seen."""
+    conv, layers = STAGES["05"].Conv, []
+    for c_in, c_out in ((3, 32), (32, 64), (64, 128)):
+        layers += [conv(c_in, c_out, 3), conv(c_out, c_out, 3), nn.MaxPool2d(2)]
+    layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, classes)]
+    net = nn.Sequential(*layers).to(device)
     unseen, seen = torch.randperm(len(images)).tensor_split([len(images) // 10])
     optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
@@ -79,14 +73,11 @@ def train_classifier(net, images, labels, steps, device):
         nn.functional.cross_entropy(net(x), labels[i].to(device)).backward()
         optimizer.step()
         schedule.step()
-    net.eval()
-    with torch.no_grad():
-        named = [net(from_uint8(images[i].to(device))).argmax(1).cpu() for i in unseen.split(256)]
-    return (torch.cat(named) == labels[unseen]).float().mean().item()
+    return net.eval(), unseen
 
 
 def main(cfg):
-    cfg.preset, cfg.allow_mixed = "cifar10_quick", True
+    vars(cfg).update(preset="cifar10_quick", allow_mixed=True, precision="auto", rounding="round")
     device = start(cfg, "real images")
 
     # 1. The stages.
@@ -97,26 +88,27 @@ def main(cfg):
 
     # 2. The classifier.
     classes = int(labels.max()) + 1
-    net = classifier(classes).to(device)
-    accuracy = train_classifier(net, images, labels, cfg.judge_steps, device)
+    net, unseen = train_classifier(images, labels, classes, cfg.judge_steps, device)
 
     @torch.no_grad()
     def judged(images, labels):
-        """(mean and covariance of the features, share that is named by its label)."""
+        """(mean and covariance of the features, share that is named by its label, in %)."""
         features = [net[:-1](from_uint8(part.to(device))) for part in images.split(256)]
         named = torch.cat([net[-1](part).argmax(1).cpu() for part in features]) == labels
-        return STAGES["05"].gaussian(features, 128), named.float().mean().item()
+        return STAGES["05"].gaussian(features, 128), 100 * named.float().mean().item()
+
+    accuracy = judged(images[unseen], labels[unseen])[1]
 
     # 3. Some of the real images against all others; the networks' images against all.
     distance, rows, pictures = STAGES["05"].frechet_distance, {}, {}
     some, others = torch.randperm(len(images)).tensor_split([cfg.n_samples])
-    real, found = judged(images, labels)[0], judged(images[some], labels[some])
-    rest = judged(images[others], labels[others])[0]
+    real, rest = judged(images, labels)[0], judged(images[others], labels[others])[0]
+    found = judged(images[some], labels[some])
     rows["real (other images)"] = [(distance(*found[0], *rest), found[1])]
     asked, requests = labels_for(0, cfg.n_samples, classes), torch.arange(12) % classes
     for title, (task, calls) in networks(cfg).items():
         for seed in range(cfg.seeds):
-            cfg.folder = task.folder(cfg, seed)
+            cfg.folder = task.cfg(cfg, seed).folder
             trained, _ = load_network(cfg, MADE[task.stage], device)
             found = judged(STAGES["05"].make_images(trained, cfg, cfg.n_samples, calls, asked), asked)
             rows.setdefault(title, []).append((distance(*found[0], *real), found[1]))
@@ -125,17 +117,15 @@ def main(cfg):
     # 4. The table and the picture.
     name = cfg.named or cfg.data
     lines = [f"{name}, {cfg.n_samples:,} images of each network, seeds: {cfg.seeds}, {cfg.scale:g} of the "
-             f"steps and pairs; the classifier names {accuracy:.1%} of unseen images rightly.", "",
+             f"steps and pairs; the classifier names {accuracy:.1f}% of unseen images rightly.", "",
              "| network | FD-cifar-classifier | named as asked, % |", "|---|---:|---:|"]
-    for title, values in rows.items():
-        columns = zip(*((far, 100 * named) for far, named in values))
-        cells = [f"{mean(v):.2f} ± {stdev(v):.2f}" if len(v) > 1 else f"{v[0]:.2f}" for v in columns]
+    for title, scores in rows.items():
+        cells = [f"{mean(v):.2f}" + (f" ± {stdev(v):.2f}" if len(v) > 1 else "") for v in zip(*scores)]
         lines.append(f"| {title} | {' | '.join(cells)} |")
     lines += ["", made_with(made.values()), ""]
     facts = {"images": name, "scale": cfg.scale, "made": made_with(made.values()), "scores": rows}
-    for suffix, text in (("md", "\n".join(lines)), ("json", json.dumps(facts, indent=0))):
-        with writing(RESULTS / f"cifar10_cpu.{suffix}") as file:
-            file.write(text.encode())
+    (RESULTS / "cifar10_cpu.md").write_text("\n".join(lines))
+    (RESULTS / "cifar10_cpu.json").write_text(json.dumps(facts, indent=0))
     columns = [NAMES[y] for y in requests] if classes == 10 else ()
     save_grid(RESULTS / "cifar10_cpu.png", list(pictures.values()), list(pictures), columns)
     say("\n".join(["", *lines, f"wrote {RESULTS}/cifar10_cpu.json, .md, .png"]))

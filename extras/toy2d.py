@@ -1,8 +1,7 @@
 """The whole method on two coordinates: draws docs/method.png, or the path given, the figure that explains it.
 
 An "image" is a point (2, 1, 1). Noise is a cloud on the left, the data are three clusters on the right, and a
-small MLP takes the place of the U-Net. The losses, beta and Euler's method are those of the stages.
-Takes 15 s on a CPU.
+small MLP takes the place of the U-Net. Losses, beta and Euler's method are the stages'. 15 s on a CPU.
 """
 import copy
 import sys
@@ -15,7 +14,7 @@ import torch.nn as nn
 from PIL import Image, ImageDraw
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import draw_t, ema_update, euler, say, writing
+from common import euler, say
 
 teaching, reflow = import_module("01_train_teacher"), import_module("03_annealing_reflow")
 distill = import_module("04_flow_guided_distill")
@@ -51,12 +50,12 @@ def train(net, loss_at):
     """Adam with a falling learning rate on loss_at(step); returns the averaged network, as in the stages."""
     ema, optimizer = copy.deepcopy(net), torch.optim.Adam(net.parameters(), LR)
     for step in range(STEPS):
-        loss = loss_at(step)
         optimizer.zero_grad()
-        loss.backward()
+        loss_at(step).backward()
         optimizer.param_groups[0]["lr"] = LR * (1 - step / STEPS)
         optimizer.step()
-        ema_update(list(ema.parameters()), list(net.parameters()), 0.995, step)
+        for average, p in zip(ema.parameters(), net.parameters()):
+            average.data.lerp_(p.data, 1 - min(0.995, (1 + step) / (10 + step)))
     return ema
 
 
@@ -66,7 +65,7 @@ def chain():
 
     def loss_01(step):
         x = data(BATCH)
-        t = draw_t(BATCH, "uniform", x.device)
+        t = teaching.draw_t(BATCH, "uniform", x.device)
         return teaching.flow_loss(teacher, torch.randn_like(x), x, t)
 
     teacher_ema = train(teacher, loss_01)
@@ -76,7 +75,7 @@ def chain():
     def loss_03(step):
         i = torch.randint(PAIRS, (BATCH,))
         b = reflow.beta(step, ANNEALING)
-        return reflow.reflow_loss(flow, z[i], x[i], draw_t(BATCH, "uniform", x.device), b)
+        return reflow.reflow_loss(flow, z[i], x[i], teaching.draw_t(BATCH, "uniform", x.device), b)
 
     flow_ema = train(flow, loss_03)
     student = copy.deepcopy(flow_ema)
@@ -144,8 +143,7 @@ def main(target):
     panel(draw, 6, "03  2-rectified flow: nearly straight paths", path(flow, z), FLOW)
     panel(draw, 7, "03  2-rectified flow, 1 call", path(flow, z, 1), FLOW)
     panel(draw, 8, "04  Student, 1 call: where the paths end", path(student, z, 1), STUDENT)
-    with writing(target) as file:
-        canvas.resize((canvas.width // SCALE, canvas.height // SCALE), Image.LANCZOS).save(file, "PNG")
+    canvas.resize((canvas.width // SCALE, canvas.height // SCALE), Image.LANCZOS).save(target)
     say(f"wrote {target}")
 
 

@@ -1,5 +1,7 @@
 """Shared by the tests: the scripts as modules, small runs of the five stages, and stand-ins."""
+import contextlib
 import importlib
+import io
 import json
 import re
 import sys
@@ -60,10 +62,12 @@ def call(number, out, *flags, **settings):
 def refused(number, out, *flags, **settings):
     """The line with which the script ends early, through the same guard that a user meets."""
     s, argv = script(number), arguments(number, out, *flags, **settings)
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises(SystemExit) as stopped, contextlib.redirect_stderr(io.StringIO()) as stderr:
         common.run(s.main, s.SETTINGS, "", argv)
-    assert re.match("(error|stopped).*$", stopped.value.code)
-    return stopped.value.code
+    by_argparse = stopped.value.code == 2
+    line = stderr.getvalue().splitlines()[-1] if by_argparse else stopped.value.code
+    assert re.match("(error|stopped|.*: error: ).*$", line)
+    return line
 
 
 def artifact(out, name):

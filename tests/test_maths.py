@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import common
-from common import EPS, Trainer, UNet, UserError, draw_t, ema_update, euler, labels_for, noise_for
+from common import EPS, Trainer, UserError, euler, labels_for, noise_for
 from conftest import Field, filled, same, script
 
 LABELS = torch.arange(64)
@@ -51,14 +51,13 @@ def test_noise_and_labels_follow_from_seed_and_index_alone():
 
 def test_draw_t_follows_its_distribution_from_its_bound_on(monkeypatch):
     # Uniform u, or u^2: E u^2 = 1/3, E u^4 = 1/5. The logit of the third is N(0, 1).
+    draw_t = script("01").draw_t
     uniform, early, normal = (draw_t(20_000, name, "cpu") for name in ("uniform", "early", "logit_normal"))
     for t, mean, deviation in ((uniform, 1 / 2, 12**-0.5), (early, 1 / 3, (1 / 5 - 1 / 9) ** 0.5),
                                (((normal - EPS) / (1 - EPS)).logit(), 0, 1)):
         assert (t.mean().item(), t.std().item()) == pytest.approx((mean, deviation), abs=0.02)
     assert all(t.shape == (20_000,) and EPS <= t.min() < t.max() <= 1 for t in (uniform, early, normal))
     assert (normal > 0.7311).float().mean().item() == pytest.approx(0.1587, abs=0.01)  # beyond 1 deviation
-    with pytest.raises(UserError, match="--t_distribution normal: uniform"):
-        draw_t(1, "normal", "cpu")
     monkeypatch.setattr(torch, "rand", lambda *shape, **more: torch.zeros(*shape))
     assert draw_t(3, "uniform", "cpu").tolist() == pytest.approx([EPS] * 3)
 
@@ -118,22 +117,12 @@ def test_guided_loss_follows_the_students_own_first_step_then_the_flow():
     torch.testing.assert_close(student.scale.grad, (2 * difference * a * z**2).mean())  # nor through x_t
 
 
-def test_beta_ema_ramp_and_learning_rate():
+def test_beta_falls_as_its_schedule_says():
     for schedule, expected in (("linear", {0: 1, 25: 0.75, 100: 0, 1000: 0}), ("none", {0: 0, 50: 0, 500: 0}),
                                ("cosine", {0: 1, 25: (1 + math.sqrt(0.5)) / 2, 50: 0.5, 100: 0, 1000: 0}),
                                ("exponential", {0: 1, 100: math.exp(-1), 300: math.exp(-3)})):
         cfg = SimpleNamespace(anneal_steps=100, schedule=schedule)
         assert {k: script("03").beta(k, cfg) for k in expected} == pytest.approx(expected, abs=1e-9)
-    net, ema = UNet(8, base=8, mult=(1,), blocks=1), UNet(8, base=8, mult=(1,), blocks=1)
-    for n, d in ((1, 2 / 11), (1000, 0.9)):  # d = min(0.9, (1 + n) / (10 + n))
-        before = ema.conv_in.weight.clone()
-        ema_update(list(ema.parameters()), list(net.parameters()), 0.9, n)
-        torch.testing.assert_close(ema.conv_in.weight.data, d * before + (1 - d) * net.conv_in.weight)
-    cfg = SimpleNamespace(steps=100, warmup=10, cooldown=0.2, lr=2.0)
-    rates = [common.learning_rate(k, cfg) for k in (0, 9, 50, 80, 90, 99)]
-    assert rates == pytest.approx([0.2, 2, 2, 2, 1, 0.1])
-    cfg.warmup, cfg.cooldown = 0, 0.0
-    assert {common.learning_rate(k, cfg) for k in range(100)} == {2.0}
 
 
 # ----------------------------------------------------------------------------------------------- The Trainer
@@ -181,16 +170,18 @@ def trained(cfg, loss=noisy, made_from="1", **changed):
         trainer.update(loss(step, trainer))
         if step == 5:
             trainer.strips["5"] = torch.ones(2)
-    states = [optimizer.state_dict()["state"] for optimizer in trainer.optimizers]
-    return [net.state_dict() for net in (trainer.trained, trainer.ema)] + [states, trainer.strips]
+    return [part.state_dict() for part in (trainer.trained, trainer.ema, trainer.adam)] + [
+        trainer.momenta, trainer.strips]
 
 
-def test_it_does_what_a_few_lines_by_hand_do(cfg):
+@pytest.mark.parametrize("warmup, cooldown", [(10, 0.25), (0, 0.0)])
+def test_it_does_what_a_few_lines_by_hand_do(cfg, warmup, cooldown):
     weights = {name: p.detach().clone() for name, p in small_network().named_parameters()}
     average = {name: p.clone() for name, p in weights.items()}
     m, v = ({name: torch.zeros_like(p) for name, p in weights.items()} for _ in range(2))
     for n in range(1, 41):
-        factor, lr = (0.01, 30, 0.3)[(n - 1) % 3], 0.1 * min(1, n / 10) * min(1, (41 - n) / 10)
+        factor, lr = (0.01, 30, 0.3)[(n - 1) % 3], 0.1
+        lr *= min(1, n / 10) * min(1, (41 - n) / 10) if warmup else 1
         gradient = {name: factor * 2 * i * (p - 0.3) for i, (name, p) in enumerate(weights.items(), 1)}
         length = math.sqrt(sum(g.square().sum() for g in gradient.values()))
         d = min(0.7, (1 + n) / (10 + n))
@@ -208,8 +199,8 @@ def test_it_does_what_a_few_lines_by_hand_do(cfg):
                 v[name] = 0.999 * v[name] + 0.001 * g**2
                 p -= lr * m[name] / (1 - 0.9**n) / ((v[name] / (1 - 0.999**n)).sqrt() + 1e-8)
             average[name] = d * average[name] + (1 - d) * p
-    ours, ema, *_ = trained(cfg, smooth)
-    torch.testing.assert_close((dict(ours), dict(ema)), (weights, average), rtol=1e-7, atol=1e-9)
+    ours, ema, *_ = trained(cfg, smooth, warmup=warmup, cooldown=cooldown)
+    torch.testing.assert_close((dict(ours), dict(ema)), (weights, average), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("seconds", [-1, 300])  # between two saved states
@@ -230,25 +221,17 @@ def test_a_run_continues_to_the_same_bits_and_each_seed_and_process_draws_others
     assert not same(trained(cfg, restart=True), whole)
 
 
-def test_a_run_may_continue_in_another_memory_layout(cfg, monkeypatch):
-    whole = trained(cfg)
-    monkeypatch.setattr(common, "SAVE_SECONDS", -1)
-    with pytest.raises(KeyboardInterrupt):
-        trained(cfg, broken, restart=True)
-    contiguous = small_network()
-    monkeypatch.setitem(globals(), "small_network", lambda: contiguous.to(memory_format=torch.channels_last))
-    torch.testing.assert_close(trained(cfg)[:2], whole[:2])
-
-
 def test_each_step_seed_and_process_draws_other_rows(cfg, monkeypatch):
+    def drawing(step, trainer):
+        rows, twice = trainer.draw(torch.arange(10**6), torch.arange(10**6) * 2)
+        assert torch.equal(2 * rows, twice)
+        drawn.update(rows.tolist())
+        return smooth(step, trainer)
+
     drawn = set()
     for rank, seed in ((0, 0), (0, 1), (1, 0)):
         monkeypatch.setattr(common, "RANK", rank)
-        trainer = Trainer(SimpleNamespace(**{**vars(cfg), "seed": seed}), "01 teacher", small_network(), {})
-        for trainer.done in range(3):
-            rows, twice = trainer.draw(torch.arange(10**6), torch.arange(10**6) * 2)
-            assert torch.equal(2 * rows, twice)
-            drawn.update(rows.tolist())
+        trained(cfg, drawing, seed=seed, steps=3, restart=True)
     assert len(drawn) == 9 * 4
 
 
@@ -274,7 +257,7 @@ def test_what_is_not_finite_is_named_with_its_step_and_not_saved(cfg, monkeypatc
         return loss
 
     monkeypatch.setattr(common, "SAVE_SECONDS", seconds)
-    with pytest.raises(UserError, match=f"loss or gradient was not finite in steps {steps}"):
+    with pytest.raises(UserError, match=f"loss or gradient of steps {steps} was not finite"):
         trained(cfg, bad)
     assert len(list(cfg.folder.iterdir())) == (seconds < 0)
     assert same(trained(cfg), trained(cfg, restart=True))
