@@ -98,8 +98,7 @@ def test_other_sizes_are_cropped_and_resized_and_photos_turned_upright(tmp_path)
     ("x", {"a.png": RED, "b.png": picture("red", (9, 9))}, r"b.png.*\(3, 9, 9\).*\(3, 8, 8\)"),
     ("x", labelled([["a.png", 0]]), "labels of all images.*b.png"), ("y", {}, "y does not exist"),
     ("x", labelled([["b.png", "cat"], ["a.png", 7]]), "dataset.json"),
-    ("x", {"a.png": RED, "dataset.json": b"{"}, "dataset.json must"),
-    ("x.tar.gz", b"no tar", "is not CIFAR-10")])
+    ("x", {"a.png": RED, "dataset.json": b"{"}, "dataset.json must"), ("x.tar.gz", b"no", "is not CIFAR-10")])
 def test_bad_sources_are_refused_and_nothing_is_kept(tmp_path, name, content, message):
     with pytest.raises(UserError, match=message):
         load_images(write(tmp_path / name, content), None if "9" in message else 32 if "tar" in name else 8)

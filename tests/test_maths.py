@@ -51,15 +51,15 @@ def test_noise_and_labels_follow_from_seed_and_index_alone():
 
 def test_draw_t_follows_its_distribution_from_its_bound_on(monkeypatch):
     # Uniform u, or u^2: E u^2 = 1/3, E u^4 = 1/5. The logit of the third is N(0, 1).
-    draw_t = script("01").draw_t
-    uniform, early, normal = (draw_t(20_000, name, "cpu") for name in ("uniform", "early", "logit_normal"))
+    uniform, early, normal = (script("01").draw_t(20_000, name, "cpu")
+                              for name in ("uniform", "early", "logit_normal"))
     for t, mean, deviation in ((uniform, 1 / 2, 12**-0.5), (early, 1 / 3, (1 / 5 - 1 / 9) ** 0.5),
                                (((normal - EPS) / (1 - EPS)).logit(), 0, 1)):
         assert (t.mean().item(), t.std().item()) == pytest.approx((mean, deviation), abs=0.02)
     assert all(t.shape == (20_000,) and EPS <= t.min() < t.max() <= 1 for t in (uniform, early, normal))
     assert (normal > 0.7311).float().mean().item() == pytest.approx(0.1587, abs=0.01)  # beyond 1 deviation
     monkeypatch.setattr(torch, "rand", lambda *shape, **more: torch.zeros(*shape))
-    assert draw_t(3, "uniform", "cpu").tolist() == pytest.approx([EPS] * 3)
+    assert script("01").draw_t(3, "uniform", "cpu").tolist() == pytest.approx([EPS] * 3)
 
 
 def test_flow_loss_is_zero_for_the_true_velocity_and_right_for_wrong_ones():
