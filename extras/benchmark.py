@@ -163,7 +163,8 @@ def counts(number, preset, precision):
         return tensor
 
     with FakeTensorMode():
-        net, batch, distance = UNet(**args, precision=precision), cfg.batch, STAGES["04"].squared_l2
+        net, batch, distance = UNet(**args, precision="bf16"), cfg.batch, STAGES["04"].squared_l2
+        net.precision = precision  # only now: fake weights cannot be brought into the layout of fp32
         if number == "04":
             batch = 2 * cfg.batch  # the student answers for pairs and for fresh noise
             distance = STAGES["04"].LPIPS() if cfg.distance == "lpips" else distance
@@ -179,7 +180,8 @@ def counts(number, preset, precision):
 @torch.no_grad()
 def operations(net, *shapes):
     """Operations (two for each multiply-add) of net(a tensor of each shape)."""
-    with FlopCounterMode(display=False) as counter:
+    one_by_one = torch.nn.attention.SDPBackend.MATH  # a CPU's fused attention would not be counted
+    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(one_by_one):
         net(*map(torch.zeros, shapes))
     return counter.get_total_flops()
 
@@ -215,10 +217,9 @@ def main(cfg):
                 ("7.0M", network_of("03", "cifar10_quick")), ("15.7M", network_of("03", "cifar10"))]
     if cfg.quick:
         networks = networks[2:] if cuda else networks[:2]
-    gpu_titles = " GPU works | 50,000 images, s | their features, s |" if cuda else ""
+    gpu = " GPU works | 50,000 images, s | their features, s |" if cuda else ""
     say("\n| network | as | forward, img/s | of limit | step, img/s | of limit | to plain: forward, step | "
-        "outside of the network | peak, MB | one image, ms |" + gpu_titles)
-    say(f"|---|---{'|---:' * (11 if cuda else 8)}|")
+        f"outside of the network | peak, MB | one image, ms |{gpu}\n|---|---{'|---:' * (11 if cuda else 8)}|")
     for name, args in networks:
         operations = 2 * STAGES["05"].count_macs(UNet(**args))  # of a forward pass, for an image
         for kind in ("plain fp32", *limits, *([f"compiled {cfg.precision}"] if cuda else [])):
