@@ -50,15 +50,15 @@ SETTINGS = [
     # Training. (The paper trains no teacher. These are the steps that it gives stage 03.) With Muon the judge
     # of 05 names 99.6 % of the teacher's `shapes` as asked, with Adam 97.9 % (one seed).
     ("t_distribution", "logit_normal", "uniform", "uniform", "uniform", "uniform",
-     ("uniform", "logit_normal", "early")),  # see draw_t()
-    ("optimizer",   "muon",    "adam",        "adam",       "adam",       "adam",       ("adam", "muon")),
+     "of t, see draw_t()", ("uniform", "logit_normal", "early")),
+    ("optimizer",   "muon",    "adam",        "adam",      "adam",    "adam", "optimiser", ("adam", "muon")),
     ("steps",       900,       30_000,        800_000,      800_000,      800_000,      "optimiser steps"),
     ("batch",       16,        128,           128,          128,          128,          "images per step"),
     ("lr",          4e-3,      2e-4,          2e-4,         2e-4,         2e-4,         "learning rate"),
     ("warmup",      100,       1000,          5000,         5000,         5000,         "while lr rises"),
     ("cooldown",    0.6,       0.3,           0.0,          0.0,          0.0,          "share: lr falls"),
     ("ema",         0.999,     0.9995,        0.999999,     0.999999,     0.999999,     "of the weights"),
-    ("precision",   "fp32",    "auto",        "auto",       "auto",       "auto",  ("fp32", "bf16", "auto")),
+    ("precision",   "fp32",    "auto",        "auto",       "auto",    "auto", "", ("fp32", "bf16", "auto")),
 ]
 
 

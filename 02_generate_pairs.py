@@ -32,7 +32,7 @@ SETTINGS = [
     # name           shapes  cifar10_quick  cifar10  ffhq64  imagenet64
     ("n_pairs",      1024,   50_000,        50_000,  50_000, 200_000, "pairs to make. paper: 50,000 or more"),
     ("sample_steps", 10,     50,            100,     100,    100,     "Euler steps. paper: RK45, adaptive"),
-    ("precision",    "fp32", "auto",        "fp32",  "fp32", "fp32",  ("fp32", "bf16", "auto")),
+    ("precision",    "fp32", "auto",        "fp32",  "fp32", "fp32",  "network's", ("fp32", "bf16", "auto")),
 ]
 BATCH = 128  # ours: pairs per network call
 

@@ -41,7 +41,7 @@ draw_t = importlib.import_module("01_train_teacher").draw_t  # a name that start
 SETTINGS = [
     # name           shapes     cifar10_quick  cifar10    ffhq64     imagenet64
     ("schedule",     "linear",  "linear",      "linear",  "linear",  "linear",
-     ("linear", "cosine", "exponential", "none")),  # see beta()
+     "of beta, see beta()", ("linear", "cosine", "exponential", "none")),
     ("anneal_steps", 300,       15_000,        300_000,   300_000,   300_000,    "K, steps of annealing"),
     ("flip",         True,      True,          True,      True,      False,      "mirror half of the pairs"),
     # The small network: 0.1M, 7.0M, 15.7M, 15.7M, 80.6M parameters. (Paper, ImageNet: an ADM U-Net, 80.7M.)
@@ -50,18 +50,18 @@ SETTINGS = [
     ("blocks",       1,         2,             2,         2,         3,          "residual blocks per level"),
     ("attn",         (8,),      (16,),         (16,),     (16,),     (16,),      "sizes with attention"),
     ("dropout",      0.0,       0.0,           0.15,      0.15,      0.13,       "probability"),
-    ("start_from",   "scratch", "scratch",     "scratch", "scratch", "scratch",  ("scratch", "teacher")),
+    ("start_from",   "scratch", "scratch",   "scratch", "scratch", "scratch", "from", ("scratch", "teacher")),
     # Training.
     ("t_distribution", "early", "uniform",     "uniform", "uniform", "uniform",
-     ("uniform", "logit_normal", "early")),  # see 01's draw_t()
-    ("optimizer",    "muon",    "adam",        "adam",    "adam",    "adam",     ("adam", "muon")),
+     "of t, see draw_t() in 01", ("uniform", "logit_normal", "early")),
+    ("optimizer",    "muon",    "adam",        "adam",    "adam",    "adam",  "optimiser", ("adam", "muon")),
     ("steps",        1300,      40_000,        800_000,   800_000,   800_000,    "optimiser steps"),
     ("batch",        16,        128,           128,       128,       128,        "pairs per step"),
     ("lr",           8e-3,      2e-4,          2e-4,      2e-4,      2e-4,       "learning rate"),
     ("warmup",       100,       1000,          5000,      5000,      5000,       "steps while lr rises"),
     ("cooldown",     0.6,       0.3,           0.0,       0.0,       0.0,        "share while lr falls"),
     ("ema",          0.999,     0.9995,        0.999999,  0.999999,  0.999999,   "decay of averaged weights"),
-    ("precision",    "fp32",    "auto",        "auto",    "auto",    "auto",  ("fp32", "bf16", "auto")),
+    ("precision",    "fp32",    "auto",        "auto",    "auto",    "auto",  "", ("fp32", "bf16", "auto")),
 ]
 
 

@@ -42,25 +42,25 @@ from common import (EPS, OWN_PAIRS, Trainer, UNet, download, load, load_network,
 
 SETTINGS = [
     # name         shapes     cifar10_quick  cifar10   ffhq64    imagenet64
-    ("distance",   "huber",   "lpips",       "lpips",  "lpips",  "lpips",    ("l2", "huber", "lpips")),  # D
+    ("distance",   "huber",   "lpips",       "lpips",  "lpips",  "lpips",    "D", ("l2", "huber", "lpips")),
     ("guidance",   1.0,       1.0,           1.0,      1.0,      1.0,        "weight of L_2step; 0: off"),
-    ("guide_from", "noise",   "noise",       "noise",  "noise",  "noise",    ("noise", "pairs")),
+    ("guide_from", "noise",   "noise",       "noise",  "noise",  "noise", "L_2step: z", ("noise", "pairs")),
     ("t_low",      0.2,       0.2,           0.2,      0.2,      0.2,        "official code: t from 0.2"),
     ("t_high",     0.8,       0.8,           0.8,      0.8,      0.8,        "official code: t to 0.8"),
     # `shapes` learns from the pairs that are there already; the paper's best students from the flow's own.
-    ("pairs_from", "teacher", "flow",        "flow",   "flow",   "flow",     ("teacher", "flow")),
+    ("pairs_from", "teacher", "flow",        "flow",   "flow",   "flow", "whose pairs", ("teacher", "flow")),
     ("n_pairs",    1024,      50_000,        50_000,   50_000,   200_000,    "own pairs to make"),
     ("pair_steps", 10,        25,            100,      100,      100,        "Euler steps. paper: RK45"),
     # Training.
-    ("start_from", "flow",    "flow",        "flow",   "flow",   "flow",     ("flow", "scratch")),
-    ("optimizer",  "muon",    "adam",        "adam",   "adam",   "adam",     ("adam", "muon")),
+    ("start_from", "flow",    "flow",        "flow",   "flow",   "flow",     "weights", ("flow", "scratch")),
+    ("optimizer",  "muon",    "adam",        "adam",   "adam",   "adam",     "optimiser", ("adam", "muon")),
     ("steps",      500,       15_000,        400_000,  400_000,  400_000,    "optimiser steps"),
     ("batch",      16,        128,           128,      128,      128,        "pairs, and new noises"),
     ("lr",         5e-3,      2e-4,          2e-4,     2e-4,     2e-4,       "learning rate"),
     ("warmup",     50,        0,             0,        0,        0,          "steps while lr rises"),
     ("cooldown",   1.0,       0.5,           0.0,      0.0,      0.0,        "share while lr falls"),
     ("ema",        0.995,     0.9995,        0.999999, 0.999999, 0.999999,   "decay of the averaged weights"),
-    ("precision",  "fp32",    "auto",        "auto",   "auto",   "auto",     ("fp32", "bf16", "auto")),
+    ("precision",  "fp32",    "auto",        "auto",   "auto",   "auto",     "", ("fp32", "bf16", "auto")),
 ]
 
 

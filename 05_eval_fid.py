@@ -38,7 +38,7 @@ from common import (CLASSES, EVALUATION, RANK, WORLD, Attention, UserError, down
 SETTINGS = [
     # name            shapes       cifar10_quick  cifar10     ffhq64      imagenet64
     ("only",          "all",       "all",         "all",      "all",      "all",
-     ("all", "teacher", "flow", "student")),
+     "networks to evaluate", ("all", "teacher", "flow", "student")),
     ("images",        "",          "",            "",         "",         "",         "a folder or zip"),
     ("reference",     "",          "",            "",         "",         "",         "images, or .npz"),
     ("n_samples",     1024,        10_000,        50_000,     50_000,     50_000,     "images per network"),
@@ -46,11 +46,12 @@ SETTINGS = [
     ("flow_steps",    6,           25,            100,        100,        100,        "calls. paper: RK45"),
     ("student_steps", 1,           1,             1,          1,          1,          "calls"),
     ("metric",        "fd_shapes", "fid",         "fid",      "fid",      "fid",
-     ("fd_shapes", "fid", "none")),
-    ("resize",        "tf1",       "tf1",         "tf1",      "tf1",      "tf1", ("tf1", "pytorch_fid")),
-    ("rounding",      "round",     "truncate",    "truncate", "truncate", "truncate", ("round", "truncate")),
+     "distance", ("fd_shapes", "fid", "none")),
+    ("resize",        "tf1",       "tf1",         "tf1",      "tf1",      "tf1", "", ("tf1", "pytorch_fid")),
+    ("rounding",      "round",     "truncate",    "truncate", "truncate", "truncate",
+     "to uint8. paper: truncate", ("round", "truncate")),
     ("allow_few",     False,       False,         False,      False,      False,      "few images, too"),
-    ("precision",     "fp32",      "fp32",        "fp32",     "fp32",     "fp32", ("fp32", "bf16", "auto")),
+    ("precision",     "fp32",      "fp32",        "fp32",    "fp32",   "fp32", "", ("fp32", "bf16", "auto")),
     ("png",           0,           0,             0,          0,          0,          "images to write"),
     ("label",         "",          "",            "",         "",         "",         "--png: the class"),
 ]

@@ -70,16 +70,14 @@ def read_settings(table, doc, argv=None):
     parser.add_argument("--device", default="auto", help="auto (cuda if there is any), cpu, cuda:1, mps")
     parser.add_argument("--restart", action="store_true", help="start over instead of continuing")
     parser.add_argument("--allow_mixed", action="store_true", help="accept files whose sources were replaced")
-    for name, *values, text in table:  # text: what it is, or a tuple of all that it may be
-        value = values[PRESETS.index(preset)]
-        how = {"type": type(value)}
+    for name, *row in table:  # five values, what they are, and perhaps a tuple of all that they may be
+        value, text = row[PRESETS.index(preset)], row[len(PRESETS)]
+        how = {"type": type(value), "choices": row[-1] if len(row) > 6 else None}
         if isinstance(value, bool):
             how = {"action": argparse.BooleanOptionalAction}
         if isinstance(value, tuple):
             how = {"type": lambda given: tuple(int(part) for part in given.split(","))}  # "1,2" -> (1, 2)
-        if isinstance(text, tuple):
-            how, text = {"choices": text}, "one of them"
-        parser.add_argument(f"--{name}", default=value, help=f"{text} [{value}]", **how)
+        parser.add_argument(f"--{name}", default=value, help=f"{text} [{value}]".strip(), **how)
     cfg = parser.parse_args(argv)
     for name, value in vars(cfg).items():
         require(not isinstance(value, int | float) or 0 <= value < math.inf, f"--{name} {value} is invalid")

@@ -29,7 +29,7 @@ from common import PRESETS, UNet, read_settings, require, run, say, start
 SETTINGS = [  # name, its value for each preset, text
     ("quick", *[False] * 5, "only two of the networks: the small ones, on a GPU the large ones"),
     ("batch", *[16] * 5, "images per call and per training step"),
-    ("precision", *["auto"] * 5, ("fp32", "bf16", "auto")),  # measured beside fp32
+    ("precision", *["auto"] * 5, "measured beside fp32", ("fp32", "bf16", "auto")),
 ]
 
 

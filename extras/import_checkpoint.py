@@ -28,14 +28,14 @@ from common import PAIRS, UNet, UserError, load, require, run, save_grid, save_n
 
 SETTINGS = [  # name, its value for each preset, text
     ("checkpoint", *[""] * 5, "the published file"),
-    ("to", *["01_teacher"] * 5, ("01_teacher", "03_reflow", "04_student")),  # what it becomes
-    ("predicts", *["auto"] * 5, ("velocity", "edm", "auto")),  # auto: edm for a SongUNet
+    ("to", *["01_teacher"] * 5, "what it becomes", ("01_teacher", "03_reflow", "04_student")),
+    ("predicts", *["auto"] * 5, "auto: edm for a SongUNet", ("velocity", "edm", "auto")),
     ("image_size", 0, 0, 0, 0, 0, "pixels, for an NCSN++; 0: the size whose attention is at 16x16"),
     ("dropout", 0.0, 0.0, 0.0, 0.0, 0.0, "for training it further"),
     ("data", "shapes", "cifar10", "cifar10", "ffhq-64x64.zip", "imagenet-64x64.zip", "its training images"),
     ("n_pairs", 2048, 50_000, 50_000, 50_000, 200_000, "pairs, of an EDM network"),
     ("sample_steps", 18, 18, 18, 18, 18, "Heun steps of each pair. EDM: 18"),
-    ("precision", *["fp32"] * 5, ("fp32", "bf16", "auto")),  # of an EDM network
+    ("precision", *["fp32"] * 5, "of an EDM network", ("fp32", "bf16", "auto")),
 ]
 
 
