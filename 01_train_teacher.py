@@ -24,7 +24,8 @@ paper's 0.999999 would be reached after 9 million steps.
 At first the network answers 0, so the loss begins at E |x - z|^2, which is 1.5 for `shapes`. It does not go
 to 0, however good the network is: the lines through x_t do differ from their average. About 0.06 remains.
 
-Reads   images: --data shapes (drawn by the program), cifar10 (downloaded), or the path of a folder or zip
+Reads   images: --data shapes (drawn by the program), cifar10 (downloaded), or the path of a folder or zip;
+        for your own take the preset of the nearest size, such as cifar10_quick for 32x32
 Writes  out/<preset>/01_teacher.pt; 01_samples.png, a row for each eighth of the training; 01_state.pt, from
         which a run continues
 Takes   shapes: half a minute on 2 CPU cores (AMD EPYC, torch 2.13)
