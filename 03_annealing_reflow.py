@@ -6,9 +6,8 @@ hardly cross, so there is little left to average, and the paths that are learned
 Euler step arrives: where the teacher gave a blur, it gives an image.
 
 Usually such a flow starts from the teacher's weights. Those do not fit into a smaller network, and from
-random weights fixed pairs are hard to learn, says the paper, without giving a reason. So begin with an
-easier problem and change it little by little into the right one. Each pair's noise is mixed with fresh
-noise:
+random weights fixed pairs are hard to learn, says the paper (it gives no reason). So begin with an easier
+problem and change it little by little into the right one. Each pair's noise is mixed with fresh noise:
 
     z_beta = sqrt(1 - beta^2) z + beta z'        z' ~ N(0, I), new in every step
     L = E || v(x_t, t) - (x - z_beta) ||^2       x_t = t x + (1 - t) z_beta           (paper, Eq. 9)

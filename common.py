@@ -80,7 +80,8 @@ def read_settings(table, doc, argv=None):
         parser.add_argument(f"--{name}", default=value, help=f"{text} [{value}]".strip(), **how)
     cfg = parser.parse_args(argv)
     for name, value in vars(cfg).items():
-        require(not isinstance(value, int | float) or 0 <= value < math.inf, f"--{name} {value} is invalid")
+        require(not isinstance(value, int | float) or 0 <= value < math.inf,
+                f"--{name} {value} must be finite, and not negative")
     cfg.folder = Path(cfg.out, cfg.preset)
     return cfg
 
