@@ -25,8 +25,9 @@ import time
 
 import torch
 
-from common import (PAIRS, RANK, WORLD, euler, fingerprint, labels_for, load, load_network, noise_for, read,
-                    require, require_same_run, run, save, save_grid, say, settings_of, start, wait_for_all)
+from common import (LOG_SECONDS, PAIRS, RANK, WORLD, compiled, euler, fingerprint, labels_for, load,
+                    load_network, noise_for, read, require, require_same_run, run, sampling_batch, save,
+                    save_grid, say, settings_of, start, wait_for_all)
 
 SETTINGS = [
     # name           shapes  cifar10_quick  cifar10  ffhq64  imagenet64
@@ -34,49 +35,57 @@ SETTINGS = [
     ("sample_steps", 10,     50,            100,     100,    100,     "Euler steps. paper: RK45, adaptive"),
     ("precision",    "fp32", "auto",        "fp32",  "fp32", "fp32",  "network's", ("fp32", "bf16", "auto")),
 ]
-BATCH = 128  # ours: pairs per network call
+PART = 512  # ours: pairs in a file, until all are there
 
 
 def make_pairs(cfg, name, net, made_from, n, steps, first_index, sampler=euler):
     """Writes n pairs (z, x = sampler(net, z, steps, labels)) as <out>/<preset>/<name>, float16 (n, 3, H, W).
 
-    Their noises are numbered from first_index; labels are uniform over the classes. Each batch is saved when
+    Their noises are numbered from first_index; labels are uniform over the classes. Each part is saved when
     it is made, so a run that was broken off continues; several processes share them. Raises UserError if what
     is there was made with other settings.
     """
     require(n and steps, f"{n} pairs of {steps} steps: both must be at least 1")
     path, parts = cfg.folder / name, cfg.folder / f"{name}.parts"
     made = {"made from": made_from, "pairs": n, "steps": steps, "seed": cfg.seed, "precision": net.precision}
-    if path.exists() and not cfg.restart:
+    complete = path.exists() and not cfg.restart
+    if complete:
         require_same_run(path, load(cfg, name)["made"], made)
         say(f"{path} is complete")
-        return
-    if cfg.restart and RANK == 0:
-        path.unlink(missing_ok=True)
+    if RANK == 0 and (complete or cfg.restart):
         shutil.rmtree(parts, ignore_errors=True)
+    if RANK == 0 and cfg.restart:
+        path.unlink(missing_ok=True)
     wait_for_all()
+    if complete:
+        return
 
-    # 1. Follow the noises, batch by batch.
-    device, shape = net.conv_in.weight.device, (3, net.args["image_size"], net.args["image_size"])
+    # 1. Follow the noises, part by part.
     labels = labels_for(cfg.seed, n, net.args["classes"])
-    files = {first: parts / f"{first:09}.pt" for first in range(0, n, BATCH)}
+    files = {first: parts / f"{first:09}.pt" for first in range(0, n, PART)}
     there = [part for part in files.values() if part.exists()]
     if there:
         require_same_run(parts, read(there[0])["made"], made)
     todo = [first for first in list(files)[RANK::WORLD] if not files[first].exists()]
-    say(f"{n:,} pairs x {steps} steps | {len(files)} batches")
-    began = said = time.time()
+    batch = sampling_batch(net)
+    say(f"{n:,} pairs x {steps} steps | {len(files)} parts of {PART}, {batch} in a network call")
+    fast = compiled(cfg, net, len(todo) * PART // batch * steps, batch)
+    began = said = time.monotonic()
     for done, first in enumerate(todo, 1):
-        last = min(first + BATCH, n)
-        z = noise_for(cfg.seed, range(first_index + first, first_index + last), shape).half()
-        y = None if labels is None else labels[first:last].to(device)
-        x = sampler(net, z.to(device).float(), steps, y)
+        last = min(first + PART, n)
+        z = noise_for(cfg.seed, range(first_index + first, first_index + last), net.shape).half()
+        x = torch.empty_like(z)  # (PART, 3, H, W)
+        for rows in torch.arange(last - first).split(batch):
+            y = None if labels is None else labels[first + rows].to(net.device)
+            network = fast if len(rows) == batch else net
+            x[rows] = sampler(network, z[rows].to(net.device).float(), steps, y).half().cpu()
         require(x.isfinite().all(), f"images of pairs {first} to {last - 1} are not finite")
-        save(files[first], z=z, x=x.half().cpu(), made=made)
-        if time.time() - said > 10:
-            said = time.time()
-            left = datetime.timedelta(seconds=round((time.time() - began) / done * (len(todo) - done)))
-            say(f"{name} | batch {done} of {len(todo)} | left {left}")
+        save(files[first], z=z, x=x, made=made)
+        now = time.monotonic()
+        if now - said > LOG_SECONDS:
+            left = datetime.timedelta(seconds=round((now - began) / done * (len(todo) - done)))
+            say(f"{name} | part {done} of {len(todo)} | left {left}")
+            said = now
     wait_for_all()
 
     # 2. Join them. The large arrays are mapped files: memory never has to hold them.
@@ -88,8 +97,8 @@ def make_pairs(cfg, name, net, made_from, n, steps, first_index, sampler=euler):
                     content = read(part)
                     require_same_run(parts, content["made"], made)
                     file.write(content[key].numpy().tobytes())
-            mapped = torch.from_file(str(parts / key), size=n * math.prod(shape), dtype=torch.half)
-            arrays[key] = mapped.view(n, *shape)
+            mapped = torch.from_file(str(parts / key), size=n * math.prod(net.shape), dtype=torch.half)
+            arrays[key] = mapped.view(n, *net.shape)
         save(path, preset=cfg.preset, settings=settings_of(cfg), id=fingerprint(arrays["z"], arrays["x"]),
              made_from=made_from, made=made, **arrays, labels=labels, network=net.args)
         shutil.rmtree(parts)

@@ -37,8 +37,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import (EPS, OWN_PAIRS, Trainer, UNet, download, load, load_network, require, run, samples,
-                    save_grid, save_network, say, start)
+from common import (EPS, OWN_PAIRS, WORLD, Trainer, UNet, compiled, download, load, load_network, require, run,
+                    samples, save_grid, save_network, say, start)
 
 SETTINGS = [
     # name         shapes     cifar10_quick  cifar10   ffhq64    imagenet64
@@ -113,6 +113,7 @@ def main(cfg):
     # 1. The 2-rectified flow v, and the student v' that starts as its copy.
     flow, artifact = load_network(cfg, "03_reflow.pt", device)
     student = copy.deepcopy(flow)
+    flow.requires_grad_(False)
     if cfg.start_from == "scratch":
         student = UNet(**flow.args, precision=cfg.precision).to(device)
     say(f"student | {sum(p.numel() for p in student.parameters()):,} parameters, from {cfg.start_from}")
@@ -129,20 +130,19 @@ def main(cfg):
         make_pairs(cfg, "04_pairs.pt", flow, artifact["lineage"], cfg.n_pairs, cfg.pair_steps, OWN_PAIRS)
     pairs = load(cfg, "04_pairs.pt" if cfg.pairs_from == "flow" else "02_pairs.pt")
     made_from = {**artifact["lineage"], **pairs["lineage"]}
-    flow.requires_grad_(False)
-    if device.type == "cuda" and cfg.steps >= 5000:  # as in Trainer
-        flow.compile(dynamic=False)
     say(f"pairs | {len(pairs['x']):,} of the {cfg.pairs_from}'s")
 
     # 4. Training: L_distill + guidance L_2step.
-    trainer = Trainer(cfg, "04 student", student, made_from)
+    # The student answers for both noises in one call, (2B, 3, H, W); the flow is called once.
+    trainer = Trainer(cfg, "04 student", student, made_from, 2 * cfg.batch if cfg.guidance else cfg.batch)
+    if cfg.guidance:
+        flow = compiled(cfg, flow, cfg.steps - trainer.done, cfg.batch // WORLD)
     for step in trainer.steps():
         z, x, y = trainer.draw(pairs["z"], pairs["x"], pairs["labels"])
         z, x = z.float(), x.float()  # (B, 3, H, W)
         if cfg.guidance == 0:
             trainer.update(distill_loss(first_step(trainer.net, z, y), z, x, distance))
             continue
-        # The student answers for both noises in one call, (2B, 3, H, W); the flow is called once.
         z_new = torch.randn_like(z) if cfg.guide_from == "noise" else z
         y_both = None if y is None else torch.cat([y, y])
         v_pairs, v_new = first_step(trainer.net, torch.cat([z, z_new]), y_both).chunk(2)

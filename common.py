@@ -25,6 +25,7 @@ import os
 import signal
 import sys
 import tarfile
+import threading
 import time
 import zipfile
 from pathlib import Path
@@ -69,6 +70,8 @@ def read_settings(table, doc, argv=None):
     parser.add_argument("--seed", type=int, default=0, help="training and sampling draw from it [0]")
     parser.add_argument("--device", default="auto", help="auto (cuda if there is any), cpu, cuda:1, mps")
     parser.add_argument("--restart", action="store_true", help="start over instead of continuing")
+    parser.add_argument("--compile", default="auto", choices=("auto", "on", "off"),
+                        help="networks; auto: on a CUDA GPU, where it saves time [auto]")
     parser.add_argument("--allow_mixed", action="store_true", help="accept files whose sources were replaced")
     for name, *row in table:  # five values, what they are, and perhaps a tuple of all that they may be
         value, text = row[PRESETS.index(preset)], row[len(PRESETS)]
@@ -88,7 +91,7 @@ def read_settings(table, doc, argv=None):
 
 def settings_of(cfg):
     """The settings that a result depends on, as a dict."""
-    others = ("out", "folder", "device", "restart", "allow_mixed")
+    others = ("out", "folder", "device", "restart", "compile", "allow_mixed")
     return {name: value for name, value in vars(cfg).items() if name not in others}
 
 
@@ -124,13 +127,13 @@ def start(cfg, name):
     try:
         if device.startswith("cuda"):
             torch.cuda.set_device(int(device[5:] or os.environ.get("LOCAL_RANK", 0)))
-            torch.backends.cudnn.allow_tf32 = False  # fp32 means float32
+            # fp32 on a GPU is torch's: convolutions round their inputs to TF32, with 10 bits of mantissa.
             torch.backends.cudnn.benchmark = True  # look for the fastest convolution
-            torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs as it is
             has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         device = torch.zeros(1, device=device).device
     except (RuntimeError, AssertionError, ValueError) as error:
-        raise UserError(f"--device {cfg.device} cannot be used: {str(error).splitlines()[0]}") from error
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device {cfg.device} cannot be used ({reason}). --device cpu always can") from error
     if getattr(cfg, "precision", "") == "auto":
         cfg.precision = "bf16" if has_bf16 else "fp32"
     torch.manual_seed(cfg.seed)  # the networks' first weights
@@ -294,15 +297,21 @@ def draw_shapes(n, image_size, seed=0):
     radius = rng.uniform(0.18, 0.34, size=n)  # in units of the image's side
     centre_x, centre_y = rng.uniform(radius + 0.03, 0.97 - radius, size=(2, n))
     ground = rng.uniform(10, 60, size=(n, 1)) + rng.uniform(-8, 8, size=(n, 3))  # nearly grey
-    ink = np.array(list(COLOURS.values()))[labels % len(COLOURS)] + rng.uniform(-20, 20, size=(n, 3))
+    colours = np.array(list(COLOURS.values()))
+    ink = colours[labels % len(COLOURS)] + rng.uniform(-20, 20, size=(n, 3))
     images = np.empty((n, 3, image_size, image_size), dtype=np.uint8)
     pixel = (np.arange(image_size) + 0.5) / image_size
     for i in range(n):
-        x = np.abs(pixel[None, :] - centre_x[i]) / radius[i]  # (1, W), in radii; all shapes are symmetric
+        x = np.abs(pixel - centre_x[i]) / radius[i]  # (W,), in radii; all shapes are symmetric
         y = (pixel[:, None] - centre_y[i]) / radius[i]  # (H, 1), downwards
-        # The distance from the outline, in radii, negative inside: of each shape.
-        distance = (np.hypot(x, y) - 1, np.maximum(x, np.abs(y)) - 0.85,
-                    np.maximum(0.884 * x - 0.467 * (y + 1), y - 0.8))[labels[i] // len(COLOURS)]
+        shape = SHAPES[labels[i] // len(COLOURS)]
+        # The distance from the outline, in radii; negative inside. (H, W)
+        if shape == "circle":
+            distance = np.hypot(x, y) - 1
+        elif shape == "square":
+            distance = np.maximum(x, np.abs(y)) - 0.85
+        else:  # its right side has the normal (0.884, -0.467)
+            distance = np.maximum(0.884 * x - 0.467 * (y + 1), y - 0.8)
         # Antialiasing: a pixel within half a pixel of the outline is covered in part.
         cover = np.clip(0.5 - distance * radius[i] * image_size, 0, 1)
         pixels = cover * ink[i, :, None, None] + (1 - cover) * ground[i, :, None, None]
@@ -510,6 +519,15 @@ class UNet(nn.Module):
         if precision == "fp32":
             self.to(memory_format=torch.channels_last)  # in memory: 10 % faster on CPUs
 
+    @property
+    def device(self):
+        return self.conv_in.weight.device
+
+    @property
+    def shape(self):
+        """(C, H, W) of an image."""
+        return self.args["channels"], self.args["image_size"], self.args["image_size"]
+
     def forward(self, x, t, labels=None):
         """x (B, C, H, W), t (B,) in [0, 1], labels int64 (B,) or None -> velocity (B, C, H, W)."""
         assert (labels is None) == (self.label is None), "labels are for networks with classes"
@@ -537,6 +555,48 @@ class UNet(nn.Module):
 
 
 # ------------------------------------------------------------------------------------- sampling and training
+COMPILE_CALLS = 2000  # ours: so many calls win back the minute that compiling takes
+
+
+def compiled(cfg, net, calls, batch, training=False):
+    """net, compiled for batches of `batch` images if that saves time over so many calls; otherwise net.
+
+    A GPU computes faster than Python can start its kernels. So the compiler joins the kernels between the
+    convolutions, and all are recorded once, as a CUDA graph, and started together (docs/speed.md). Batches of
+    another size need net itself, which has the same weights. training: with a gradient.
+    """
+    if cfg.compile == "off":
+        return net
+    if cfg.compile == "auto" and (net.device.type != "cuda" or calls < COMPILE_CALLS):
+        return net
+    say(f"compiling the network for {calls:,} calls: a minute or two. --compile off goes without")
+    began = time.monotonic()
+    torch._dynamo.config.optimize_ddp = False  # several processes: one graph all the same
+    fast = torch.compile(net, dynamic=False, mode="reduce-overhead")
+    x = torch.randn(batch, *net.shape, device=net.device)
+    t = torch.rand(batch, device=net.device)
+    labels = torch.zeros(batch, dtype=torch.int64, device=net.device) if net.args["classes"] else None
+    try:
+        for _ in range(3):  # the first call compiles, the second records, the third plays the record
+            with torch.set_grad_enabled(training):
+                velocity = fast(x, t, labels)
+            if training:
+                velocity.square().mean().backward()
+                net.zero_grad()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # compilers fail in many ways
+        say(f"not compiled, so slower: {str(error).splitlines()[0]}")
+        return net
+    say(f"compiled in {time.monotonic() - began:.0f} s")
+    return fast
+
+
+def sampling_batch(net):
+    """Ours: images per network call where nothing is trained. A GPU needs more to be busy."""
+    return 512 if net.device.type == "cuda" else 128
+
+
 @torch.no_grad()
 def euler(net, z, steps, labels=None):
     """Follows dx/dt = v(x, t) from noise z (B, C, H, W) to images (B, C, H, W), in `steps` network calls."""
@@ -551,11 +611,12 @@ def euler(net, z, steps, labels=None):
 def samples(net, seed, numbers, steps, labels=None):
     """Images (N, 3, H, W) from the noises of these numbers (a range) that stage 05 judges. Number i has the
     label labels[i], by default that of the seed."""
-    device, size = net.conv_in.weight.device, net.args["image_size"]
-    z = noise_for(seed, [EVALUATION + i for i in numbers], (net.args["channels"], size, size))
-    y = labels_for(seed, numbers[-1] + 1, net.args["classes"]) if labels is None else labels
-    y = None if y is None else y[list(numbers)].to(device)
-    return euler(net, z.to(device), steps, y).cpu()
+    z = noise_for(seed, [EVALUATION + i for i in numbers], net.shape)
+    if labels is None:
+        labels = labels_for(seed, numbers[-1] + 1, net.args["classes"])
+    if labels is not None:
+        labels = labels[list(numbers)].to(net.device)
+    return euler(net, z.to(net.device), steps, labels).cpu()
 
 
 LOG_SECONDS, SAVE_SECONDS = 10, 300  # ours: between two log lines, and between two saved states
@@ -568,7 +629,8 @@ class Trainer:
     trainer.update(loss). trainer.ema is the averaged network: only this one makes images and is saved.
     """
 
-    def __init__(self, cfg, name, net, made_from):
+    def __init__(self, cfg, name, net, made_from, batch=None):
+        """batch: images in a call of the network, if it is not cfg.batch."""
         require(cfg.steps and cfg.batch and cfg.batch % WORLD == 0, f"--steps {cfg.steps} and --batch "
                 f"{cfg.batch} must be at least 1, and the batch a multiple of the {WORLD} processes")
         self.cfg, self.name, self.path = cfg, name, cfg.folder / f"{name[:2]}_state.pt"
@@ -585,6 +647,7 @@ class Trainer:
         self.adam = torch.optim.Adam(rest, betas=(0.9, 0.999), eps=1e-8, fused=True)  # paper
         self.momenta = [torch.zeros_like(torch.stack(same).flatten(2)) for same in self.hidden.values()]
         self.done, self.strips = 0, {}  # steps; samples along the way
+        self.asked_to_stop = False
         self.recent, self.note = [], ""  # for the log line: (loss, gradient norm) of the last steps
         self.run = {**settings_of(cfg), "data": "", "made from": made_from}  # data: by fingerprint, not path
         if cfg.restart and RANK == 0:
@@ -598,51 +661,83 @@ class Trainer:
             self.momenta = [momentum.to(self.device) for momentum in state["momenta"]]
             self.done, self.strips = state["done"], state["strips"]
             say(f"{name} | continues after step {self.done} of {cfg.steps}, from {self.path}")
-        if self.device.type == "cuda" and cfg.steps >= 5000:  # ours: then a minute of compiling pays
-            net.compile(dynamic=False)  # fuses all that lies between the convolutions
-        self.net = net
+        self.net = compiled(cfg, net, cfg.steps - self.done, (batch or cfg.batch) // WORLD, training=True)
         if WORLD > 1:  # averages the gradients of all processes
-            self.net = nn.parallel.DistributedDataParallel(net, broadcast_buffers=False)
+            self.net = nn.parallel.DistributedDataParallel(self.net, broadcast_buffers=False)
 
     def steps(self):
         """Yields the number of each step. In between it logs, saves, and ends the run when asked to."""
-        cfg, first, asked_to_stop = self.cfg, self.done, []
-        # One process finishes its step; several end at once, and continue from the last state.
-        signals = (signal.SIGINT, signal.SIGTERM) if WORLD == 1 else ()
-        for number in signals:
-            signal.signal(number, lambda *_: asked_to_stop.append(True))
-        began = logged = saved = time.time()
-        for step in range(first, cfg.steps):
-            # A run that continues draws what the unbroken one would have drawn; no random state is saved.
-            seed = np.random.SeedSequence(cfg.seed, spawn_key=(step, RANK)).generate_state(1)
-            torch.manual_seed(int(seed[0]))
-            yield step
-            now, end = time.time(), self.done == cfg.steps or bool(asked_to_stop)
-            save_now = end or now - saved > SAVE_SECONDS
-            if save_now or now - logged > LOG_SECONDS:
-                recent, speed = torch.stack(self.recent), (self.done - first) / (now - began)
-                require(recent.isfinite().all(), f"a loss or gradient of steps {self.done - len(recent)} to "
-                        f"{step} was not finite. Look at the data, or --restart with a lower --lr")
-                logged, self.recent = now, []
-                say(f"{self.name} | step {self.done:>6}/{cfg.steps} | loss {recent[:, 0].mean():.4f} | "
-                    f"{self.note}lr {self.lr:.1e} | {cfg.batch * speed:.0f} img/s | left "
-                    f"{datetime.timedelta(seconds=round((cfg.steps - self.done) / speed))}")
-            if save_now and RANK == 0:
-                save(self.path, run=self.run, done=self.done, strips=self.strips, ema=self.ema.state_dict(),
-                     weights=self.trained.state_dict(), adam=self.adam.state_dict(), momenta=self.momenta)
-            saved = now if save_now else saved
-            if end and self.done < cfg.steps:
-                raise KeyboardInterrupt(f"stopped after step {self.done}: repeat without --restart to go on")
-        for number in signals:
-            signal.signal(number, signal.default_int_handler)
+        cfg, first = self.cfg, self.done
+        logged = saved = time.monotonic()
+        with self.stop_signals():
+            for step in range(first, cfg.steps):
+                # A run that continues draws what the unbroken one would have drawn: no random state is saved.
+                seed = np.random.SeedSequence(cfg.seed, spawn_key=(step, RANK)).generate_state(1)
+                torch.manual_seed(int(seed[0]))
+                yield step
+                now = time.monotonic()
+                end = self.done == cfg.steps or self.asked_to_stop
+                save_now = end or now - saved > SAVE_SECONDS
+                if step == first or save_now or now - logged > LOG_SECONDS:
+                    # The first step also sets up the device, so it says nothing about the speed.
+                    self.log(None if step == first else now - logged)
+                    logged = now
+                if save_now:
+                    self.save_state()
+                    saved = now
+                if end and self.done < cfg.steps:
+                    raise KeyboardInterrupt(f"stopped after step {self.done}: repeat without --restart to go on")
+
+    @contextlib.contextmanager
+    def stop_signals(self):
+        """Inside, Ctrl-C and SIGTERM let one process finish its step and save; asked twice, it ends at once.
+        Of several processes each ends at once, and the run continues from the last state."""
+        def ask(number, frame):
+            self.asked_to_stop = True
+            signal.signal(number, signal.default_int_handler)  # the next one raises KeyboardInterrupt
+            say("stopping after this step; once more stops at once")
+
+        previous = {}
+        if WORLD == 1 and threading.current_thread() is threading.main_thread():
+            previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def log(self, seconds):
+        """Prints the means since the last line, which was `seconds` ago (None: no speed).
+
+        Raises UserError if a loss or gradient was not finite.
+        """
+        recent = torch.stack(self.recent)
+        require(recent.isfinite().all(), f"a loss or gradient of steps {self.done - len(recent)} to "
+                f"{self.done - 1} was not finite. Look at the data, or --restart with a lower --lr")
+        self.recent, pace = [], ""
+        if seconds:
+            left = seconds / len(recent) * (self.cfg.steps - self.done)
+            pace = (f" | {self.cfg.batch * len(recent) / seconds:.0f} img/s | left "
+                    f"{datetime.timedelta(seconds=round(left))}")
+        say(f"{self.name} | step {self.done:>6}/{self.cfg.steps} | loss {recent[:, 0].mean():.4f} | "
+            f"{self.note}lr {self.lr:.1e}{pace}")
+
+    def save_state(self):
+        """Process 0 writes all that a run needs to continue."""
+        if RANK == 0:
+            save(self.path, run=self.run, done=self.done, strips=self.strips, ema=self.ema.state_dict(),
+                 weights=self.trained.state_dict(), adam=self.adam.state_dict(), momenta=self.momenta)
 
     def draw(self, *tensors):
         """The same random rows of each tensor (None stays None), on the device."""
         i = torch.randint(len(tensors[0]), (self.cfg.batch // WORLD,))
-        rows = [tensor if tensor is None else tensor[i] for tensor in tensors]
-        cuda = self.device.type == "cuda"  # a copy from pinned memory does not wait for the GPU
-        rows = [row.pin_memory() if cuda and row is not None else row for row in rows]
-        return [row if row is None else row.to(self.device, non_blocking=cuda) for row in rows]
+        rows, cuda = [], self.device.type == "cuda"
+        for tensor in tensors:
+            row = tensor if tensor is None else tensor[i]
+            if row is not None and cuda:
+                row = row.pin_memory()  # a copy from pinned memory does not wait for the GPU
+            rows.append(row if row is None else row.to(self.device, non_blocking=cuda))
+        return rows
 
     @torch.no_grad()
     def update(self, loss, note=""):

@@ -39,7 +39,7 @@ def make_small():
     """500 drawings in place of the 16,384 of the stages, which take a second each time; 16 pairs per call."""
     draw = common.draw_shapes
     common.draw_shapes = lambda n, size, seed=0: draw(500 if n == 16_384 else n, size, seed)
-    script("02").BATCH = 16
+    script("02").PART = 16
 
 
 def arguments(number, out, *flags, **settings):

@@ -43,7 +43,7 @@ def blurred(images):
 
 def rounded_squares(x, y, maximum=np.maximum):
     """In place of np.maximum in draw_shapes: rounds the squares' corners with half of their half side."""
-    if len(x) > 1:  # the triangles' distance
+    if x.ndim > 1:  # the triangles' distance
         return maximum(x, y)
     u, v = x - 0.425, y - 0.425
     return np.hypot(maximum(u, 0), maximum(v, 0)) + np.minimum(maximum(u, v), 0) + 0.425
