@@ -160,7 +160,7 @@ def main(cfg):
 # A transcription of a published network; nothing in it is needed to follow the method.
 
 VGG_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"  # 528 MB
-VGG_SHA256 = "397923af"  # the first digits
+VGG_SHA256 = "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0"
 LPIPS_URL = ("https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/"
              "082bb24f84c091ea94de2867d34c4544f68e0963/lpips/weights/v0.1/vgg.pth")  # 7 kB
 LPIPS_SHA256 = "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868"

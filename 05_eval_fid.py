@@ -199,7 +199,10 @@ def main(cfg):
         return
 
     # 2. What they are compared with, and images that no network made: the given ones, or new drawings.
-    source = cfg.reference or load(cfg, "01_teacher.pt")["settings"]["data"]
+    source, teachers_images = cfg.reference, None
+    if not source:
+        teacher = load(cfg, "01_teacher.pt")
+        source, teachers_images = teacher["settings"]["data"], teacher["made_from"].get("data")
     require(cfg.metric != "fd_shapes" or source == "shapes",
             f"FD-shapes measures drawings, not {source}: set --metric fid or none")
     given, given_labels, real = None, None, None
@@ -209,6 +212,8 @@ def main(cfg):
         given, given_labels = draw_shapes(cfg.n_samples, size, seed=1)
     if cfg.metric != "none" and not source.endswith(".npz"):
         real = load_images(source, given.shape[-1] if cfg.images and source == "shapes" else size)[0]
+        require(teachers_images in (None, fingerprint(real)), f"{source} does not hold the images that the "
+                "teacher was trained on any more: give them with --reference")
         require(given is None or given.shape[1:] == real.shape[1:],
                 f"{cfg.images} holds images of another size than {source}: bring them to one size first")
 
@@ -293,7 +298,7 @@ def read_statistics(path):
 
 INCEPTION_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
                  "pt_inception-2015-12-05-6726825d.pth")  # 91 MB
-INCEPTION_SHA256 = "6726825d"  # the first digits
+INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 
 
 class Conv(nn.Module):

@@ -25,7 +25,6 @@ import os
 import signal
 import sys
 import tarfile
-import threading
 import time
 import zipfile
 from pathlib import Path
@@ -37,6 +36,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 PRESETS = ("shapes", "cifar10_quick", "cifar10", "ffhq64", "imagenet64")  # the columns of the settings
 PRESET = "shapes"  # the column in use; --preset NAME chooses another for one run
 
@@ -46,7 +50,7 @@ EPS = 1e-3  # official code: 0.001, inherited from diffusion models, which divid
 PAIRS, OWN_PAIRS, EVALUATION = 0, 10**9, 2 * 10**9
 # `torchrun --nproc_per_node=8 01_train_teacher.py` starts 8 processes, one for each GPU; else there is one.
 # They divide the batch among them: its size stays, and only the random draws of training differ.
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+RANK, WORLD = int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)
 
 
 class UserError(ValueError):
@@ -104,9 +108,12 @@ def require_same_run(path, then, now):
 def run(main, table, doc, argv=None):
     """Calls main(settings). What the user can mend ends in one line and exit code 1, without a traceback."""
     try:
-        if WORLD == 1:
-            signal.signal(signal.SIGTERM, signal.default_int_handler)  # the same as Ctrl-C
-        main(read_settings(table, doc, argv))
+        with contextlib.suppress(ValueError):  # signals belong to the main thread
+            if WORLD == 1:
+                signal.signal(signal.SIGTERM, signal.default_int_handler)  # the same as Ctrl-C
+        cfg = read_settings(table, doc, argv)
+        with locked(cfg.folder):
+            main(cfg)
         if dist.is_initialized():
             dist.destroy_process_group()
     except (UserError, OSError) as error:
@@ -117,8 +124,34 @@ def run(main, table, doc, argv=None):
         sys.exit("error: out of GPU memory: a smaller --batch (02, 05: BATCH), or more processes, need less")
 
 
+@contextlib.contextmanager
+def locked(folder):
+    """Inside, no other run may work in the folder. The lock ends with the process, however that ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if RANK > 0 or not fcntl:
+        yield
+        return
+    with open(folder / ".lock", "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise UserError(f"another run works in {folder}, since {file.read()}: wait for its end, or give "
+                            "this one another --out") from None
+        except OSError:  # some network file systems have no locks
+            pass
+        file.truncate(0)
+        file.write(f"{datetime.datetime.now():%Y-%m-%d %H:%M} (process {os.getpid()})")
+        file.flush()
+        yield
+
+
 def start(cfg, name):
     """Joins the other processes if there are any, prints the settings, and returns the torch.device."""
+    require(RANK < WORLD and (WORLD == 1 or "MASTER_PORT" in os.environ), "RANK and WORLD_SIZE are left over "
+            "in the environment: start several processes with torchrun, or unset both")
+    require(WORLD == 1 or ":" not in cfg.device, f"--device {cfg.device} would put {WORLD} processes on one "
+            "device: leave it out, and each takes its own")
     if WORLD > 1 and not dist.is_initialized():  # a process that waits for another one for an hour gives up
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, timeout=datetime.timedelta(hours=1))
@@ -181,11 +214,12 @@ def writing(path):
         temporary.unlink(missing_ok=True)
 
 
-def read(path):
+def read(path, checksums=True):
     """The dict in a .pt file, its tensors memory-mapped. No code is unpickled. UserError if it is damaged."""
     try:
-        with zipfile.ZipFile(path) as archive:  # torch's files are zips, with checksums
-            require(archive.testzip() is None, "a checksum is wrong")
+        if checksums:  # torch's files are zips; this reads all of it
+            with zipfile.ZipFile(path) as archive:
+                require(archive.testzip() is None, "a checksum is wrong")
         return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
     except Exception as error:  # a damaged zip can fail in a dozen ways
         raise UserError(f"{path} is damaged or not one of ours ({str(error)[:50]!r}): redo it") from error
@@ -205,7 +239,7 @@ def load(cfg, name):
     require(artifact.get("preset") == cfg.preset, f"{path} is of another --preset. {stage} again")
     for parent, identity in artifact["made_from"].items():
         if (cfg.folder / parent).exists() and not cfg.allow_mixed:
-            require(read(cfg.folder / parent)["id"] == identity, f"{path} is out of date: it was made from "
+            require(read(cfg.folder / parent, checksums=False)["id"] == identity, f"{path} is out of date: it was made from "
                     f"another {parent} than the one beside it. {stage} again, with --restart")
     return {**artifact, "lineage": {**artifact["made_from"], name: artifact["id"]}}
 
@@ -234,7 +268,9 @@ def download(url, sha256, instead):
             path.parent.mkdir(exist_ok=True)
             torch.hub.download_url_to_file(url, path, hash_prefix=sha256)
         wait_for_all()
-        require(hashlib.sha256(path.read_bytes()).hexdigest().startswith(sha256), f"{path} is another file")
+        with open(path, "rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        require(found == sha256, f"{path} is damaged, or another file: delete it")
     except (OSError, RuntimeError, UserError) as error:
         raise UserError(f"no {url} ({error}). Put it at {path}, or {instead}") from error
     return path
@@ -328,7 +364,8 @@ def load_images(source, image_size):
     """
     if source == "shapes":
         return draw_shapes(16_384, image_size or 16)
-    path = download(CIFAR10_URL, CIFAR10_SHA256, "give a path") if source == "cifar10" else Path(source)
+    path = download(CIFAR10_URL, CIFAR10_SHA256, "give --data the path of a zip or folder of "
+                    "its images") if source == "cifar10" else Path(source)
     require(path.exists(), f"{path} does not exist: --data is shapes, cifar10, or a folder or zip of images")
     if not path.name.endswith(".tar.gz"):
         return read_files(path, image_size)
@@ -516,6 +553,9 @@ class UNet(nn.Module):
                 size *= 2
         self.norm_out = group_norm(c)
         self.conv_out = init_(nn.Conv2d(c, channels, 3, padding=1), NEARLY_ZERO)
+        sizes = [image_size // 2**level for level in range(len(mult))]
+        if not set(attn) <= set(sizes):
+            say(f"note | attn {attn} names a size that no level has; they have {sizes}")
         if precision == "fp32":
             self.to(memory_format=torch.channels_last)  # in memory: 10 % faster on CPUs
 
@@ -698,8 +738,10 @@ class Trainer:
             say("stopping after this step; once more stops at once")
 
         previous = {}
-        if WORLD == 1 and threading.current_thread() is threading.main_thread():
-            previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        with contextlib.suppress(ValueError):  # signals belong to the main thread
+            if WORLD == 1:
+                previous[signal.SIGINT] = signal.signal(signal.SIGINT, ask)
+                previous[signal.SIGTERM] = signal.signal(signal.SIGTERM, ask)
         try:
             yield
         finally:

@@ -105,7 +105,7 @@ def published(monkeypatch):
     path.parent.mkdir()
     torch.save(weights_for({k.replace("/", "."): v for k, v in s.Inception().state_dict().items()}), path)
     monkeypatch.setattr(s, "INCEPTION_URL", "http://127.0.0.1:9/inception.pth")
-    monkeypatch.setattr(s, "INCEPTION_SHA256", hashlib.sha256(path.read_bytes()).hexdigest()[:8])
+    monkeypatch.setattr(s, "INCEPTION_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
     return s
 
 
@@ -116,7 +116,7 @@ def test_inception_features_equal_the_references_and_other_weights_are_refused(p
         features = published.inception_features(net, torch.from_numpy(data["images"]), resize)
         assert np.abs(features.numpy() - data[name]).max() < 1e-4, resize
     Path("data/inception.pth").write_bytes(b"nonsense")
-    with pytest.raises(UserError, match="data/inception.pth is another file.*--metric none"):
+    with pytest.raises(UserError, match="data/inception.pth is damaged, or another file: delete it.*--metric none"):
         published.load_inception(CPU)
 
 
