@@ -125,10 +125,12 @@ def make_images(net, cfg, n, steps, labels, fast=None):
     fast: the same network, compiled for batches of sampling_batch(net).
     """
     batch, mine = sampling_batch(net), range(RANK, n, WORLD)
+    if fast is None:
+        fast = net
     made = [torch.empty(0, *net.shape, dtype=torch.uint8)]
     for first in range(0, len(mine), batch):
         numbers = mine[first:first + batch]
-        network = fast if fast and len(numbers) == batch else net
+        network = fast if len(numbers) == batch else net
         made.append(quantise(samples(network, cfg.seed, numbers, steps, labels), cfg.rounding))
     return torch.cat(made)
 

@@ -27,8 +27,8 @@ from PIL import Image, ImageDraw
 
 RESULTS = Path(__file__).resolve().parent / "results"
 sys.path.insert(0, str(RESULTS.parent.parent))
-from common import (euler, load, load_network, read_settings, require, run, samples, say, settings_of, start,
-                    writing)
+from common import (EPS, EVALUATION, euler, labels_for, load, load_network, noise_for, read_settings, require,
+                    run, say, settings_of, start, writing)
 
 STAGES = {name[:2]: importlib.import_module(name) for name in (
     "01_train_teacher", "02_generate_pairs", "03_annealing_reflow", "04_flow_guided_distill", "05_eval_fid")}
@@ -36,9 +36,11 @@ MADE = {"01": "01_teacher.pt", "02": "02_pairs.pt", "03": "03_reflow.pt", "04": 
 T_QUANTILE = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}  # Student's t, 97.5 %, n values
 # Name in a row of 05: (title, factor, sign of what is better, format). own, fresh: see add_errors().
 SCORES = {"distance": ("FD-shapes", 1, -1, ".3f"), "named": ("named as asked, %", 100, 1, ".1f"),
-          "own": ("error, own noise", 1, -1, ".4f"), "fresh": ("error, fresh noise", 1, -1, ".4f")}
+          "own": ("error, own noise", 1, -1, ".4f"), "fresh": ("error, fresh noise", 1, -1, ".4f"),
+          "bend": ("bend of its paths, %", 100, -1, ".2f"),
+          "unknown": ("unknown at t = 0.5, %", 100, -1, ".1f")}
 SETTINGS = [  # name, its value for each preset, text
-    ("grid", *["all"] * 5, "calls, precision, reflow, start, passes, distillation, time, pairs, size; all"),
+    ("grid", *["all"] * 5, "ideas, paths, calls, precision, reflow, start, passes, distillation, time, pairs, size; all"),
     ("seeds", *[5] * 5, "runs of each variant, with the seeds 0, 1, ..."),
     ("jobs", *[0] * 5, "runs at a time; 0: one for each CPU core"),
 ]
@@ -87,8 +89,10 @@ def make(task, seed, cfg):
     own.folder.mkdir(parents=True, exist_ok=True)
     for parent in task.parents:
         link = own.folder / MADE[parent.stage]
+        if task.stage == "02":  # a flow may make pairs, too
+            link = own.folder / MADE["01"]
         link.unlink(missing_ok=True)  # the parent may have been made again
-        os.link(parent.cfg(cfg, seed).folder / link.name, link)
+        os.link(parent.cfg(cfg, seed).folder / MADE[parent.stage], link)
     machine = f"{os.cpu_count()} cores {torch.backends.cpu.get_cpu_capability()}"
     commit = os.popen(f"git -C '{RESULTS}' describe --always --dirty=+ 2>/dev/null").read().strip()
     found = {"origin": f"{machine}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}, commit {commit}"}
@@ -105,16 +109,39 @@ def make(task, seed, cfg):
     return found
 
 
+@torch.no_grad()
 def add_errors(cfg, rows):
-    """Adds to a flow's rows the mean squared difference of its images and the teacher's from the same noises:
-    own, those of the pairs that it learned from, and fresh ones. Learning by heart makes own smaller."""
+    """Adds to the rows of a teacher or flow what its images and its paths are like.
+
+    own, fresh: the mean squared difference of its images and the teacher's from the same noises, those of the
+    pairs that it learned from, and others. (Learning by heart makes own smaller.)
+    bend: E |v(x_t, t) - (x - z)|^2 / E |x - z|^2 on its own paths from z to x; 0 if they are straight.
+    unknown: the same at t = 0.5 on the lines that it learned from, but new ones: random couples for the
+    teacher, the teacher's pairs for a flow. No network can do without that part, if it has learned well.
+    """
     device, pairs = start(cfg, "errors"), load(cfg, MADE["02"])
-    (flow, _), (teacher, _) = (load_network(cfg, MADE[number], device) for number in ("03", "01"))
+    teacher, _ = load_network(cfg, MADE["01"], device)
     z, x, y = (pairs[key].to(device) for key in ("z", "x", "labels"))
-    x_fresh = samples(teacher, cfg.seed, range(256), pairs["made"]["steps"])
+    z_fresh = noise_for(cfg.seed, [EVALUATION + i for i in range(256)], teacher.shape).to(device)
+    y_fresh = labels_for(cfg.seed, 256, teacher.args["classes"]).to(device)
+    x_fresh = euler(teacher, z_fresh, pairs["made"]["steps"], y_fresh)
     for row in rows[1:]:  # the first is that of real drawings
-        row["own"] = (euler(flow, z.float(), row["calls"], y) - x).square().mean().item()
-        row["fresh"] = (samples(flow, cfg.seed, range(256), row["calls"]) - x_fresh).square().mean().item()
+        net, ends = teacher, z_fresh.roll(1, 0)  # another noise: a random couple
+        if row["network"] != "teacher":
+            (net, _), ends = load_network(cfg, MADE["03"], device), z_fresh
+        made = euler(net, z_fresh, row["calls"], y_fresh)
+        row["own"] = (euler(net, z.float(), row["calls"], y) - x).square().mean().item()
+        row["fresh"] = (made - x_fresh).square().mean().item()
+        half = torch.full((256,), 0.5, device=device)
+        line = x_fresh - ends
+        error = net((x_fresh + ends) / 2, half, y_fresh) - line
+        row["unknown"] = (error.square().mean() / line.square().mean()).item()
+        place, line, errors = z_fresh, euler(net, z_fresh, 25, y_fresh) - z_fresh, []
+        for i in range(25):
+            velocity = net(place, torch.full((256,), EPS + (1 - EPS) * i / 25, device=device), y_fresh)
+            errors.append((velocity - line).square().mean())
+            place = place + velocity / 25
+        row["bend"] = (torch.stack(errors).mean() / line.square().mean()).item()
 
 
 def made_with(made):
@@ -152,7 +179,44 @@ def grids():
         before = {"01": (), "02": ("01",), "03": ("02",), "04": ("02", "03"), "05": ("01", "03", "04")}
         return stage(number, *(chain(parent, **settings) for parent in before[number]), **settings)
 
-    found, teacher, pairs, preset_flow = {}, chain("01"), chain("02"), chain("03")
+    found, teacher, few, preset_flow = {}, chain("01"), chain("02"), chain("03")
+    plain, alone = dict(schedule="none"), dict(guidance=0.0)
+
+    # The paper's two ideas, each on and off, with the preset's own settings.
+    grid = found["ideas"] = Grid("Annealing and guidance, each on and off, with the preset's settings")
+    flows = {"annealed": preset_flow, "not annealed": stage("03", few, **plain)}
+    students = {"guided": {}, "pairs alone": alone, "pairs alone, 1000 steps": dict(alone, steps=1000)}
+    for name, flow in flows.items():
+        for way, settings in students.items():
+            grid.add(f"student, {name}, {way}", stage("04", few, flow, **settings))
+        grid.claim(f"guidance helps, equal steps, {name}", f"student, {name}, guided",
+                   f"student, {name}, pairs alone")
+        grid.claim(f"guidance helps, equal time, {name}", f"student, {name}, guided",
+                   f"student, {name}, pairs alone, 1000 steps")
+    for way in students:
+        grid.claim(f"annealing helps the student, {way}", f"student, annealed, {way}",
+                   f"student, not annealed, {way}")
+    for name, flow in flows.items():
+        grid.add(f"flow, {name}", flow, teacher, few)
+    grid.claim("annealing helps the flow", "flow, annealed", "flow, not annealed")
+    # What a reader asks next: is stage 03 needed? The same time, on the teacher's pairs at once.
+    skipped = "stage 03 skipped: student from random weights, 3,500 steps on pairs"
+    grid.add(skipped, stage("04", few, preset_flow, start_from="scratch", steps=3500, **alone))
+    grid.claim("stage 03 helps, equal time", "student, annealed, guided", skipped)
+
+    # How straight are the paths, and how much of a line's direction can be known on it?
+    grid = found["paths"] = Grid("Paths and lines, with the preset's settings")
+    task = stage("05", teacher, few, only="teacher", reference="shapes")
+    for calls in (12, 1):
+        grid.variants[f"teacher, calls: {calls}"] = task, "teacher", calls
+    for name, flow in flows.items():
+        grid.add(f"flow, {name}", flow, teacher, few)
+    own = stage("02", preset_flow)  # the flow in the teacher's place
+    grid.add("flow of the flow's own pairs", stage("03", own), teacher, few)
+
+    # From here on more pairs, each passed over less often: what `shapes` was before.
+    pairs = stage("02", teacher, n_pairs=1024)
+    first_flow = stage("03", pairs, steps=1300, anneal_steps=300, batch=16)
     grid = found["calls"] = Grid("Calls, with the preset's training")
     for network in ("teacher", "2-rectified flow", "student"):
         for n in (12, 4, 2, 1):
@@ -167,8 +231,7 @@ def grids():
         grid.claim(f"{network}: fp32 is better", f"{network}, fp32", f"{network}, bf16")
 
     # Annealing reflow: paper, Tables 3 and 4. Each pair is seen 12 times, but in the last grid.
-    short = dict(steps=800, anneal_steps=300)  # differences show earlier, and a grid has to end
-    plain = dict(schedule="none")
+    short = dict(steps=800, anneal_steps=300, batch=16)  # a grid has to end
     ablated = {"neither": dict(plain, flip=False), "flips": plain, "annealing": dict(flip=False), "both": {}}
     helps = (("annealing helps, with flips", "both", "flips"), ("annealing helps", "annealing", "neither"),
              ("flips help, with annealing", "both", "annealing"), ("flips help", "flips", "neither"))
@@ -200,7 +263,7 @@ def grids():
             grid.claim(f"{what}: {text}", f"{what}: {better}", f"{what}: {worse}")
 
     # Distillation: paper, Table 5. A guided step takes as long as two on pairs alone.
-    flow, alone = stage("03", pairs, **short), dict(guidance=0.0)
+    flow = stage("03", pairs, **short)
     grid = found["distillation"] = Grid("Distillation, 300 steps")
     for what, settings in (("teacher's pairs", {}), ("own pairs", dict(pairs_from="flow")),
                            ("from random weights", dict(start_from="scratch"))):
@@ -215,20 +278,20 @@ def grids():
     grid.claim("own pairs are better than the teacher's", "own pairs: guided", guided)
     grid.claim("two steps help without fresh noise", on_pairs, "teacher's pairs: pairs only")
     grid.claim("fresh noise helps", guided, on_pairs)
-    grid = found["time"] = Grid("Guidance by training time, with the preset's flow")
+    grid = found["time"] = Grid("Guidance by training time, with a flow of 1,300 steps")
     for n in (500, 1000, 2000):
-        grid.add(f"{n} steps alone", stage("04", pairs, preset_flow, steps=n, **alone))
+        grid.add(f"{n} steps alone", stage("04", pairs, first_flow, steps=n, **alone))
         if n < 2000:
-            grid.add(f"{n} steps guided", stage("04", pairs, preset_flow, steps=n))
+            grid.add(f"{n} steps guided", stage("04", pairs, first_flow, steps=n))
     grid.claim("guidance helps at 500 steps", "500 steps guided", "500 steps alone")
     grid.claim("guidance helps at 1000 steps", "1000 steps guided", "1000 steps alone")
     grid.claim("... at the time of 1000 steps alone", "500 steps guided", "1000 steps alone")
     grid.claim("... at the time of 2000 steps alone", "1000 steps guided", "2000 steps alone")
     guided, on_pairs = "64 pairs: 1000 steps guided", "64 pairs: 1000 steps from their noise"
     longer, few = "64 pairs: 2000 steps alone", stage("02", teacher, n_pairs=64)
-    grid.add(longer, stage("04", few, preset_flow, steps=2000, **alone))
-    grid.add(guided, stage("04", few, preset_flow, steps=1000))
-    grid.add(on_pairs, stage("04", few, preset_flow, steps=1000, guide_from="pairs"))
+    grid.add(longer, stage("04", few, first_flow, steps=2000, **alone))
+    grid.add(guided, stage("04", few, first_flow, steps=1000))
+    grid.add(on_pairs, stage("04", few, first_flow, steps=1000, guide_from="pairs"))
     grid.claim("64 pairs: guidance helps at the time of 2000 steps alone", guided, longer)
     grid.claim("64 pairs: fresh noise helps", guided, on_pairs)
     grid = found["pairs"] = Grid("Distillation by the number of pairs, 300 steps (stage 03: 1,024 pairs)")
