@@ -128,7 +128,7 @@ def make_images(net, cfg, n, steps, labels, fast=None):
     made = [torch.empty(0, *net.shape, dtype=torch.uint8)]
     for first in range(0, len(mine), batch):
         numbers = mine[first:first + batch]
-        network = fast if fast and len(numbers) == batch else net
+        network = net if fast is None or len(numbers) < batch else fast
         made.append(quantise(samples(network, cfg.seed, numbers, steps, labels), cfg.rounding))
     return torch.cat(made)
 
