@@ -35,6 +35,7 @@ SETTINGS = [  # name, its value for each preset, text
     ("batch", *[0] * 5, "images per training step; 0: 128 on a GPU, 16 on a CPU"),
 ]
 QUICK_SECONDS = 200  # what --quick may take on a GPU
+TFLOPS = 132  # an H200 in a training step, compiled with CUDA graphs (docs/speed.md)
 CELLS = ("network", "kind", "first step, s", "step of 03, ms", "img/s", "of the limit", "peak, GB",
          "GPU busy", "sampling, ms a call", "50,000 pairs of 100 calls, s", "step of 04, ms",
          "04 to 03", "LPIPS's share of 04")
@@ -303,12 +304,12 @@ def costs(preset):
 
 
 def count_all():
-    say("| preset, 10^18 operations | 01 | 02 | 03 | 04 | 05 | all | hours at 100 TFLOP/s |")
+    say(f"| preset, 10^18 operations | 01 | 02 | 03 | 04 | 05 | all | hours at {TFLOPS} TFLOP/s |")
     say(f"|---{'|---:' * 7}|")
     for preset in PRESETS:
         figures = [n / 1e18 for n in costs(preset)]
         figures.append(sum(figures))
-        figures.append(figures[-1] * 1e4 / 3600)
+        figures.append(figures[-1] * 1e6 / TFLOPS / 3600)
         say(f"| {preset} | {' | '.join(f'{n:.3g}' for n in figures)} |")
 
 
