@@ -208,7 +208,7 @@ def row(name, args, kind, *given):
             for _ in CELLS[len(cells):]:
                 cell("-")
         except Exception as error:  # compilers fail in many ways, and a GPU's memory ends
-            print(f" {str(error).splitlines()[0]} |", end="", file=screen)
+            print(f" {(str(error) or repr(error)).splitlines()[0]} |", end="", file=screen)
     print(file=screen, flush=True)
 
 

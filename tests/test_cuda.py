@@ -67,7 +67,6 @@ def runs(tmp_path_factory):
         warnings.simplefilter("always")
         patch.setattr(common.Trainer, "draw", draw)
         patch.setattr(common.Trainer, "update", update)
-        patch.setattr(common, "LOG_SECONDS", 1e9)
         patch.setattr(script("02"), "sampling_batch", lambda net: 4)
         for number, compile in itertools.product(("01", "02", "03", "04"), ("off", "on")):
             losses, weights, out = [], [], plain
