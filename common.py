@@ -626,7 +626,7 @@ def compiled(cfg, net, calls, batch, training=False):
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # compilers fail in many ways
-        say(f"not compiled, so slower: {str(error).splitlines()[0]}")
+        say(f"not compiled, so slower: {(str(error) or repr(error)).splitlines()[0]}")
         return net
     say(f"compiled in {time.monotonic() - began:.0f} s")
     return fast

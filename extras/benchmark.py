@@ -1,36 +1,44 @@
-"""Measure this machine, how near to its limits the networks work, and count what every preset needs.
+"""Measure this machine as the stages use it, or count what the presets cost.
 
-    python extras/benchmark.py                        # 4 minutes on 2 CPU cores; --quick: 2 minutes
-    python extras/benchmark.py --batch 128 --quick    # on a GPU
+    python extras/benchmark.py            # --quick: two networks, on a GPU 200 s at most
+    python extras/benchmark.py --count    # the presets, without measuring: no GPU is touched
 
-"of limit" is of the speed of a large matrix product or 3x3 convolution. It counts the multiply-adds of
-convolutions and linear layers, in a training step three times those of a forward pass. "plain" is as it is
-often written: fp32, attention in single steps, an optimiser and an EMA that go from tensor to tensor. On a
-GPU torch warns of what waits for it in a step. What is counted needs no GPU.
+A row is a network and a kind, and has a process of its own. Each cell is printed as soon as it is
+measured, so a run that is cut off has told something. The kinds: fp32 (on a GPU torch's, with
+convolutions in TF32), bf16, bf16 compiled, and on a GPU bf16 graphs: compiled with CUDA graphs,
+which is what the stages use there. "of the limit" compares a training step with the faster of a
+large matrix product and a large convolution: three times the operations of a forward pass, without
+those of attention.
 """
-import concurrent.futures
+import contextlib
+import copy
+import io
 import math
 import multiprocessing
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from ablations import STAGES  # it makes common importable
 import common
-from common import PRESETS, UNet, read_settings, require, run, say, start
+from common import PRESETS, Trainer, UNet, euler, noise_for, read_settings, require, run, say, start
 
 SETTINGS = [  # name, its value for each preset, text
-    ("quick", *[False] * 5, "only two of the networks: the small ones, on a GPU the large ones"),
-    ("batch", *[16] * 5, "images per call and per training step"),
-    ("precision", *["auto"] * 5, "measured beside fp32", ("fp32", "bf16", "auto")),
+    ("quick", *[False] * 5, "two networks, on a GPU the large ones and 200 s at most"),
+    ("count", *[False] * 5, "count what every preset needs, and measure nothing"),
+    ("kind", *["all"] * 5, "of the rows", ("all", "fp32", "bf16", "bf16 compiled", "bf16 graphs")),
+    ("batch", *[0] * 5, "images per training step; 0: 128 on a GPU, 16 on a CPU"),
 ]
+QUICK_SECONDS = 200  # what --quick may take on a GPU
+TFLOPS = 132  # an H200 in a training step, compiled with CUDA graphs (docs/speed.md)
+CELLS = ("network", "kind", "first step, s", "step of 03, ms", "img/s", "of the limit", "peak, GB",
+         "GPU busy", "sampling, ms a call", "50,000 pairs of 100 calls, s", "step of 04, ms",
+         "04 to 03", "LPIPS's share of 04")
 
 
 def settings(number, preset, *arguments):
@@ -40,220 +48,276 @@ def settings(number, preset, *arguments):
 
 def network_of(number, preset):
     """UNet's arguments in stage 01, 03 or 04 (which has the network of 03), without classes."""
-    size, cfg = settings("01", preset).image_size, settings("01" if number == "01" else "03", preset)
-    return dict(image_size=size, base=cfg.base, mult=cfg.mult, blocks=cfg.blocks, attn=cfg.attn,
-                dropout=cfg.dropout)
+    cfg = settings("01" if number == "01" else "03", preset)
+    args = {name: getattr(cfg, name) for name in ("base", "mult", "blocks", "attn", "dropout")}
+    return {"image_size": settings("01", preset).image_size, **args}
 
 
-def seconds(call):
-    """Median seconds of a call. It is repeated until the times agree to a fifth, for 0.5 to 3 seconds."""
-    timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
-    return timer.adaptive_autorange(0.2, min_run_time=0.5, max_run_time=3.0).median
+# ---------------------------------------------------------------------------------------- Measured
+
+def synchronise(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds(call, device, span=2.0):
+    """Seconds of a call: the mean of as many as fit into `span`.
+
+    As in training, Python goes on while the GPU computes. It waits only before the first and after
+    the last call.
+    """
+    def mean_of(n):
+        synchronise(device)
+        began = time.monotonic()
+        for _ in range(n):
+            call()
+        synchronise(device)
+        return (time.monotonic() - began) / n
+
+    mean_of(1)
+    return mean_of(max(2, round(span / mean_of(2))))
+
+
+def kernels_of(call):
+    """Seconds that the GPU's kernels take in a call."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
+        for _ in range(5):
+            call()
+        torch.cuda.synchronize()
+    kernels = [event for event in trace.events() if not event.is_user_annotation]
+    return sum(event.self_device_time_total for event in kernels) / 5 / 1e6
 
 
 @torch.no_grad()
 def limit(device, precision):
     """What the machine can do at best, in operations per second."""
     n, batch, c = (2048, 16, 192) if device.type == "cpu" else (8192, 128, 512)
-    how = dict(device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
-    a = torch.randn(n, n, **how)
-    x = torch.randn(batch, c, 32, 32, **how).to(memory_format=torch.channels_last)
-    conv = torch.nn.Conv2d(c, c, 3, padding=1, **how).to(memory_format=torch.channels_last)
-    return max(2 * n**3 / seconds(lambda: a @ a), 2 * 9 * c * x.numel() / seconds(lambda: conv(x)))
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    x = torch.randn(batch, c, 32, 32)
+    conv = torch.nn.Conv2d(c, c, 3, padding=1)
+    x, conv = (each.to(device, dtype).to(memory_format=torch.channels_last) for each in (x, conv))
+    product = 2 * n**3 / seconds(lambda: a @ a, device, 0.5)
+    convolution = 2 * 9 * c * x.numel() / seconds(lambda: conv(x), device, 0.5)
+    return max(product, convolution)
 
 
-def plain_attention(self, x):
-    """common.Attention.forward in single steps."""
-    q, k, v = self.qkv(self.norm(x)).flatten(2).chunk(3, dim=1)  # (B, C, HW)
-    weights = (q.mT @ k * q.shape[1] ** -0.5).softmax(dim=2)  # (B, HW, HW)
-    return (x + self.proj((v @ weights.mT).view_as(x))) * math.sqrt(0.5)
-
-
-@torch.no_grad()
-def plain_update(trainer, adam, loss):
-    """common.Trainer.update from tensor to tensor."""
-    adam.zero_grad()
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(trainer.weights, 1.0)
-    adam.step()
-    for average, p in zip(trainer.averages, trainer.weights):
-        average.sub_((average - p) * 0.001)
-
-
-def measure(args, kind, device, batch, steps, out):
-    """Seconds: "forward", "alone" (one image), "step" (of 03), "passes" (the network's in it). MB: "peak". On
-    a GPU: "busy", its share of the passes; seconds for 50,000 "images" of one call, and for their "features".
-
-    args: UNet's; kind: "plain fp32", "fp32", "bf16" or "compiled bf16"; steps: setting of 03, below 5000.
-    """
-    cuda, plain = device.type == "cuda", kind == "plain fp32"
-    if cuda:
-        torch.cuda.set_device(device)
-        torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = False, True
-    net = UNet(**{**args, "dropout": 0.0}, precision=kind[-4:]).to(device).eval()
-    if plain:
-        common.Attention.forward = plain_attention  # in this process only
-        net.to(memory_format=torch.contiguous_format)
-    if "compiled" in kind:
-        net.compile(dynamic=False)
-    x = torch.randn(batch, 3, args["image_size"], args["image_size"], device=device)
-    t = torch.rand(batch, device=device)
-    with torch.no_grad():
-        found = {"forward": seconds(lambda: net(x, t)), "alone": seconds(lambda: net(x[:1], t[:1]))}
-
-    cfg = settings("03", "shapes", "--out", out, "--batch", batch, "--steps", steps, "--optimizer", "adam")
-    trainer, reflow_loss = common.Trainer(cfg, "benchmark", net, {}), STAGES["03"].reflow_loss
-    adam = torch.optim.Adam(trainer.weights, foreach=False)
-    pairs = torch.randn(2, 512, *x.shape[1:]).half()
+def step_of_03(cfg, net):
+    """A function that makes one training step, as main does in stage 03."""
+    s, pairs = STAGES["03"], torch.randn(2, 4096, *net.shape).half()
+    trainer = Trainer(cfg, "benchmark", net, {})
+    steps = trainer.steps()
 
     def step():
+        next(steps)
         z, x = (part.float() for part in trainer.draw(*pairs))
-        loss = reflow_loss(net, z, x, torch.rand(batch, device=device), 0.5)
-        if plain:
-            plain_update(trainer, adam, loss)
-        else:
-            trainer.update(loss)
+        t = s.draw_t(len(x), cfg.t_distribution, x.device)
+        trainer.update(s.reflow_loss(trainer.net, z, x, t, 0.5))
 
-    def passes():
-        reflow_loss(net, x, x, t, 0.5).backward()
-
-    found |= {"step": seconds(step), "passes": seconds(passes), "peak": math.nan}
-    status = Path("/proc/self/status")
-    if cuda:
-        found["peak"] = torch.cuda.max_memory_allocated() / 1e6
-        torch.cuda.set_sync_debug_mode("warn")
-        step()
-        torch.cuda.set_sync_debug_mode("default")
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
-            passes()
-        busy = sum(event.self_device_time_total for event in trace.key_averages()) / 1e6
-        net, inception = net.eval(), STAGES["05"].Inception().to(device).eval()
-        images = common.to_uint8(common.samples(net, 0, range(500), 1)).to(device)
-        found |= {"busy": busy / found["passes"],
-                  "images": 100 * seconds(lambda: common.samples(net, 0, range(500), 1)),
-                  "features": 100 * seconds(lambda: STAGES["05"].inception_features(inception, images).cpu())}
-    elif status.exists():  # Linux: the most memory that this process has had
-        found["peak"] = int(status.read_text().split("VmHWM:")[1].split()[0]) / 1e3
-    return found
+    return step
 
 
-class Counter(TorchDispatchMode):
-    """Counts kernels, and the bytes that all but convolutions and matrix products read and write."""
-    kernels, bytes = 0, 0
+def step_of_04(cfg, flow):
+    """A function of the distance D that makes one training step, as main does in stage 04."""
+    s, pairs = STAGES["04"], torch.randn(2, 4096, *flow.shape).half()
+    trainer = Trainer(cfg, "benchmark", copy.deepcopy(flow), {}, 2 * cfg.batch)
+    steps = trainer.steps()
+    guide = common.compiled(cfg, flow.eval().requires_grad_(False), cfg.steps, cfg.batch)
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        name = func.overloadpacket.__name__
-        read, written = (list(filter(torch.is_tensor, tree_leaves(part))) for part in ((args, kwargs), out))
-        if written and not func.is_view and name not in ("detach", "empty_like", "_reshape_alias"):
-            self.kernels += 1
-            if not any(part in name for part in ("convolution", "mm", "attention")):
-                self.bytes += sum(a.numel() * a.element_size() for a in read + written)
-        return out
+    def step(distance):
+        next(steps)
+        z, x = (part.float() for part in trainer.draw(*pairs))
+        z_new = torch.randn_like(z)
+        velocities = s.first_step(trainer.net, torch.cat([z, z_new]))
+        v_pairs, v_new = velocities.chunk(2)
+        t = cfg.t_low + (cfg.t_high - cfg.t_low) * torch.rand(len(z), device=z.device)
+        loss = s.distill_loss(v_pairs, z, x, distance)
+        trainer.update(loss + s.guided_loss(v_new, guide, z_new, t, distance))
+
+    return step
 
 
-def counts(number, preset, precision):
-    """(Kernels, GB moved by element-wise operations, GB kept for the gradient) of a training pass of stage
-    01, 03 or 04, not compiled; GB of weights, gradient, Adam's two moments and EMA. Nothing is computed.
-    """
-    cfg, args, kept, counter = settings(number, preset), network_of(number, preset), {}, Counter()
+def measure(args, kind, batch, device, limit, out, cell):
+    """Calls cell(text) with what is measured, in the order of CELLS. args: UNet's."""
+    precision, compiled = kind[:4], kind not in ("fp32", "bf16")
+    given = ["--device", device, "--precision", precision, "--batch", batch, "--out", out]
+    given += ["--compile", "on" if compiled else "off"]
+    cfg = settings("03", "cifar10", *given)
+    device = start(cfg, "benchmark")
+    cuda = device.type == "cuda"
+    net = UNet(**args, precision=precision)
+    operations = 3 * 2 * STAGES["05"].count_macs(net) * batch  # of a training step
 
-    def keep(tensor):
-        kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
-        return tensor
+    # 1. Training, as in stage 03.
+    net.to(device)
+    began = time.monotonic()
+    step = step_of_03(cfg, net)
+    step()
+    synchronise(device)
+    cell(f"{time.monotonic() - began:.1f}")
+    if cuda:  # without what cuDNN needed to look for its fastest convolutions
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    reflow = seconds(step, device)
+    cell(f"{1000 * reflow:.1f}")
+    cell(f"{batch / reflow:,.0f}")
+    cell(f"{operations / reflow / limit:.0%}")
+    cell(f"{torch.cuda.max_memory_reserved() / 1e9:.1f}" if cuda else "-")
+    cell(f"{kernels_of(step) / reflow:.0%}" if cuda else "-")
+    del step
 
-    with FakeTensorMode():
-        net, batch, distance = UNet(**args, precision="bf16"), cfg.batch, STAGES["04"].squared_l2
-        net.precision = precision  # only now: fake weights cannot be brought into the layout of fp32
-        if number == "04":
-            batch = 2 * cfg.batch  # the student answers for pairs and for fresh noise
-            distance = STAGES["04"].LPIPS() if cfg.distance == "lpips" else distance
-        x, t = torch.randn(batch, 3, args["image_size"], args["image_size"]), torch.rand(batch)
-        with counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            distance(net(x, t), x).mean().backward()
-        for p in net.parameters():
-            kept.pop(p.untyped_storage()._cdata, None)
-    weights = sum(p.numel() for p in net.parameters())
-    return counter.kernels, counter.bytes / 1e9, sum(kept.values()) / 1e9, weights * 5 * 4 / 1e9
+    # 2. Sampling, as in stage 02.
+    net.eval()
+    n, calls = common.sampling_batch(net), 10 if cuda else 1
+    fast = common.compiled(cfg, net, 10**6, n)
+    z = noise_for(0, range(n), net.shape).to(device)
+    call = seconds(lambda: euler(fast, z, calls).half().cpu(), device) / calls
+    cell(f"{1000 * call:.1f}")
+    cell(f"{call * 100 * 50_000 / n:,.0f}")
 
+    # 3. Training, as in stage 04. Random weights take LPIPS as long as its own.
+    if kind == ("bf16 graphs" if cuda else "fp32"):
+        step, s = step_of_04(settings("04", "cifar10", *given), net), STAGES["04"]
+        huber = seconds(lambda: step(s.pseudo_huber), device)
+        cell(f"{1000 * huber:.1f}")
+        cell(f"{huber / reflow:.2f}")
+        lpips = s.LPIPS().to(device)
+        cell(f"{1 - huber / seconds(lambda: step(lpips), device):.0%}")
+
+
+def row(name, args, kind, *given):
+    """Prints a row. What fails ends it with the first line of its error."""
+    screen, log, cells = sys.stdout, io.StringIO(), []
+
+    def cell(text):
+        said = log.getvalue().strip()
+        require("not compiled" not in said, said.split("\n")[-1])  # the network ran as it is
+        cells.append(text)
+        print(f" {text} |", end="", file=screen, flush=True)
+
+    common.SAVE_SECONDS = math.inf  # in this process: nothing is kept
+    if kind == "bf16 compiled":  # without graphs
+        compile = torch.compile
+        torch.compile = lambda net, **how: compile(net, dynamic=False)
+    print("|", end="", file=screen)
+    with contextlib.redirect_stdout(log):
+        try:
+            cell(name)
+            cell(kind)
+            measure(args, kind, *given, cell)
+            for _ in CELLS[len(cells):]:
+                cell("-")
+        except Exception as error:  # compilers fail in many ways, and a GPU's memory ends
+            print(f" {(str(error) or repr(error)).splitlines()[0]} |", end="", file=screen)
+    print(file=screen, flush=True)
+
+
+def features(device):
+    """Prints how fast Inception finds features, as in stage 05."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        device = start(settings("05", "cifar10", "--device", device), "benchmark")
+    s, n = STAGES["05"], 128 if device.type == "cuda" else 8
+    net = s.Inception().to(device).eval()
+    images = torch.zeros(n, 3, 32, 32, dtype=torch.uint8, device=device)
+    found = seconds(lambda: s.inception_features(net, images).cpu(), device)
+    print(f"\nInception's features: {n / found:,.0f} img/s")
+
+
+def in_a_process(until, function, *given):
+    """Calls function(*given) in a process of its own, unless it is too late; then it ends."""
+    if time.monotonic() > until:
+        return
+    process = multiprocessing.get_context("spawn").Process(target=function, args=given)
+    process.start()
+    process.join(min(until - time.monotonic(), 10**6))  # infinity is refused
+    if process.is_alive():
+        process.kill()
+        say(f" cut off: --quick ends after {QUICK_SECONDS} s")
+    elif process.exitcode:
+        say(f" the process ended with {process.exitcode}")
+
+
+def measure_all(cfg):
+    began = time.monotonic()
+    device = start(cfg, "benchmark")
+    cuda, until = device.type == "cuda", math.inf
+    require(cuda or device.type == "cpu", "this measures a CPU or an NVIDIA GPU")
+    presets = {"student of shapes, 0.11M": "shapes", "7.0M": "cifar10_quick", "15.7M": "cifar10"}
+    networks = [(name, network_of("03", preset)) for name, preset in presets.items()]
+    kinds = ["fp32", "bf16"]
+    if cuda:  # what matters most comes first
+        networks.reverse()
+        kinds = ["bf16 graphs", *kinds, "bf16 compiled"]
+    elif cfg.compile == "on":
+        kinds.append("bf16 compiled")
+    if cfg.kind != "all":
+        kinds = [cfg.kind]
+    if cfg.quick:
+        networks = networks[:2]
+        until = began + QUICK_SECONDS if cuda else math.inf
+
+    limits = {precision: limit(device, precision) for precision in ("fp32", "bf16")}
+    for precision, speed in limits.items():
+        say(f"{precision} at best: {speed / 1e9:,.0f} GFLOP/s")
+    batch = cfg.batch or (128 if cuda else 16)
+    say(f"\n| {' | '.join(CELLS)} |\n|---|---{'|---:' * (len(CELLS) - 2)}|")
+    with tempfile.TemporaryDirectory() as out:
+        for name, args in networks:
+            for kind in kinds:
+                given = batch, str(device), limits[kind[:4]], out
+                in_a_process(until, row, name, args, kind, *given)
+    in_a_process(until, features, str(device))
+
+
+# ----------------------------------------------------------------------------------------- Counted
 
 @torch.no_grad()
 def operations(net, *shapes):
     """Operations (two for each multiply-add) of net(a tensor of each shape)."""
-    one_by_one = torch.nn.attention.SDPBackend.MATH  # a CPU's fused attention would not be counted
+    one_by_one = torch.nn.attention.SDPBackend.MATH  # a CPU's fused attention is not counted
     with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(one_by_one):
         net(*map(torch.zeros, shapes))
     return counter.get_total_flops()
 
 
 def costs(preset):
-    """Operations of each of the five stages: [01, ..., 05]. A gradient counts as two more forward passes."""
+    """Operations of the stages: [01, ..., 05]. A gradient counts as two more forward passes."""
     c1, c2, c3, c4, c5 = (settings(number, preset) for number in STAGES)
     image = (1, 3, c1.image_size, c1.image_size)
-    big, small = (operations(UNet(**network_of(number, preset)), image, (1,)) for number in ("01", "03"))
-    # 04: the student on pairs and fresh noise, the flow once. D sees two images of each, one with a gradient.
+    big = operations(UNet(**network_of("01", preset)), image, (1,))
+    small = operations(UNet(**network_of("03", preset)), image, (1,))
+    # 04: the student on pairs and fresh noise, the flow once. D sees two images of each, one with a
+    # gradient.
     distilled = c4.batch * c4.steps * 7 * small
     if c4.distance == "lpips":
-        distilled += c4.batch * c4.steps * 6 * operations(STAGES["04"].LPIPS().features, (1, 3, 64, 64))
+        vgg = operations(STAGES["04"].LPIPS().features, (1, 3, 64, 64))
+        distilled += c4.batch * c4.steps * 6 * vgg
     if c4.pairs_from == "flow":
         distilled += c4.n_pairs * c4.pair_steps * small
-    measured = c5.n_samples * ((c5.teacher_steps + 1) * big + (c5.flow_steps + 2) * small)
+    judged = (c5.teacher_steps + 1) * big + (c5.flow_steps + 2) * small
+    measured = c5.n_samples * judged
     if c5.metric == "fid":  # five rows, and the data: 50,000 images or more
-        measured += (5 * c5.n_samples + 50_000) * operations(STAGES["05"].Inception(), (1, 3, 299, 299))
+        inception = operations(STAGES["05"].Inception(), (1, 3, 299, 299))
+        measured += (5 * c5.n_samples + 50_000) * inception
     return [3 * big * c1.batch * c1.steps, big * c2.n_pairs * c2.sample_steps,
             3 * small * c3.batch * c3.steps, distilled, measured]
 
 
+def count_all():
+    say(f"| preset, 10^18 operations | 01 | 02 | 03 | 04 | 05 | all | hours at {TFLOPS} TFLOP/s |")
+    say(f"|---{'|---:' * 7}|")
+    for preset in PRESETS:
+        figures = [n / 1e18 for n in costs(preset)]
+        figures.append(sum(figures))
+        figures.append(figures[-1] * 1e6 / TFLOPS / 3600)
+        say(f"| {preset} | {' | '.join(f'{n:.3g}' for n in figures)} |")
+
+
 def main(cfg):
-    device = start(cfg, "benchmark")
-    cuda, fastest = device.type == "cuda", 0
-    require(cuda or device.type == "cpu", f"--device {cfg.device}: this measures a CPU or an NVIDIA GPU")
-
-    # 1. What is timed.
-    limits = {precision: limit(device, precision) for precision in ("fp32", cfg.precision)}
-    say("GFLOP/s at best: " + ", ".join(f"{name} {speed / 1e9:,.0f}" for name, speed in limits.items()))
-    networks = [("student of shapes, 0.11M", network_of("03", "shapes")),
-                ("3.4M", dict(image_size=32, base=64, mult=(1, 1, 2), blocks=1)),  # the paper's smallest
-                ("7.0M", network_of("03", "cifar10_quick")), ("15.7M", network_of("03", "cifar10"))]
-    if cfg.quick:
-        networks = networks[2:] if cuda else networks[:2]
-    gpu = " GPU works | 50,000 images, s | their features, s |" if cuda else ""
-    say("\n| network | as | forward, img/s | of limit | step, img/s | of limit | to plain: forward, step | "
-        f"outside of the network | peak, MB | one image, ms |{gpu}\n|---|---{'|---:' * (11 if cuda else 8)}|")
-    for name, args in networks:
-        operations = 2 * STAGES["05"].count_macs(UNet(**args))  # of a forward pass, for an image
-        for kind in ("plain fp32", *limits, *([f"compiled {cfg.precision}"] if cuda else [])):
-            # Each in a process of its own, whose memory nothing else has used.
-            with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-                found = pool.submit(measure, args, kind, device, cfg.batch, 4999, cfg.out).result()
-            plain = found if kind == "plain fp32" else plain
-            forward, step = cfg.batch / found["forward"], cfg.batch / found["step"]  # images per second
-            share = operations / limits[kind[-4:]]
-            fastest = max(fastest, 3 * step * operations)
-            cells = [f"{forward:,.1f}", f"{forward * share:.0%}", f"{step:,.1f}", f"{3 * step * share:.0%}",
-                     f"{plain['forward'] / found['forward']:.2f}, {plain['step'] / found['step']:.2f}",
-                     f"{1 - found['passes'] / found['step']:.1%}", f"{found['peak']:,.0f}",
-                     f"{1000 * found['alone']:.3g}"]
-            if cuda:
-                cells += [f"{found['busy']:.0%}", f"{found['images']:.1f}", f"{found['features']:.1f}"]
-            say(f"| {name} | {kind} | {' | '.join(cells)} |")
-
-    # 2. What a training step of each preset needs, at its batch. Counted: no GPU is asked.
-    say("\n| preset | stage | batch | kernels: fp32, bf16 | element-wise, GB: fp32, bf16 | kept for the "
-        f"gradient, GB: fp32, bf16 | weights, gradient, Adam, EMA, GB |\n|---{'|---:' * 6}|")
-    for preset in PRESETS:
-        for number in ("01", "03", "04"):
-            fp32, bf16 = counts(number, preset, "fp32"), counts(number, preset, "bf16")
-            cells = [f"{a:,.4g}, {b:,.4g}" for a, b in zip(fp32[:3], bf16)] + [f"{fp32[3]:,.4g}"]
-            say(f"| {preset} | {number} | {settings(number, preset).batch} | {' | '.join(cells)} |")
-
-    # 3. What the presets cost.
-    say(f"\n| preset, 10^18 operations | 01 | 02 | 03 | 04 | 05 | all | days here |\n|---{'|---:' * 7}|")
-    for preset in PRESETS:
-        stages = costs(preset)
-        figures = [*(n / 1e18 for n in (*stages, sum(stages))), sum(stages) / fastest / 86400]
-        say(f"| {preset} | {' | '.join(f'{n:,.0f}' if n >= 10 else f'{n:.2g}' for n in figures)} |")
-    say(f"\nDays at {fastest / 1e12:.2f} TFLOP/s, as in the fastest training above.")
+    if cfg.count:
+        count_all()
+    else:
+        measure_all(cfg)
 
 
 if __name__ == "__main__":

@@ -43,14 +43,14 @@ def make_small():
 
 
 def arguments(number, out, *flags, **settings):
-    """The command line for TINY, with other settings as given."""
-    values = {"out": out, **TINY[number], **settings}
+    """The command line for TINY, with other settings as given. On the CPU, whatever there is."""
+    values = {"out": out, "device": "cpu", **TINY[number], **settings}
     return [*(f"--{name}={value}" for name, value in values.items()), *flags]
 
 
 def settings_of(number, *flags, **settings):
-    """The settings of a script, without TINY."""
-    argv = [*flags, *(f"--{name}={value}" for name, value in settings.items())]
+    """The settings of a script, without TINY. On the CPU, too."""
+    argv = ["--device=cpu", *flags, *(f"--{name}={value}" for name, value in settings.items())]
     return common.read_settings(script(number).SETTINGS, "", argv)
 
 

@@ -43,7 +43,7 @@ def test_sizes_and_costs_are_those_of_the_settings():
     for preset in ("cifar10_quick", "cifar10"):
         row = re.search(rf"^\| `{preset}` \|((?: [\d.]+ \|){{7}})", TEXTS, re.MULTILINE)[1]
         counted = [n / 1e18 for n in script("benchmark").costs(preset)]
-        expected = [*counted, sum(counted), sum(counted) * 1e18 / 1e14 / 3600]  # the last: hours
+        expected = [*counted, sum(counted), sum(counted) * 1e18 / 1.32e14 / 3600]  # the last: hours
         assert [float(n) for n in row.strip(" |").split("|")] == pytest.approx(expected, rel=0.06, abs=0.005)
 
 
@@ -117,14 +117,21 @@ def test_on_two_coordinates_reflow_straightens_paths_and_guidance_helps_where_pa
     assert Image.open("toy.png").width > 1000
 
 
-def test_the_benchmarks_plain_network_is_the_same_function(monkeypatch):
-    monkeypatch.setattr(common.Attention, "forward", common.Attention.forward)  # to be restored at the end
-    x, t = torch.randn(2, 3, 16, 16), torch.rand(2)
-    expected = filled(**TINY_NET)(x, t)
-    for kind in ("fp32", "plain fp32"):
-        found = script("benchmark").measure(TINY_NET, kind, torch.device("cpu"), 4, 4, ".")
-        assert min(found["forward"], found["step"]) > 0
-    torch.testing.assert_close(filled(**TINY_NET)(x, t), expected)
+def test_a_row_of_the_benchmark_shows_what_was_measured_and_ends_with_what_failed(monkeypatch, capsys):
+    def broken(net, **how):
+        raise ValueError("no compiler\nand more")
+
+    benchmark = script("benchmark")
+    monkeypatch.setattr(benchmark, "seconds", lambda call, device: (call(), 1.0)[1])
+    monkeypatch.setattr(common, "SAVE_SECONDS", common.SAVE_SECONDS)  # a row changes these two
+    monkeypatch.setattr(torch, "compile", broken)
+    for kind in ("fp32", "bf16", "bf16 compiled"):
+        benchmark.row("tiny", TINY_NET, kind, 4, "cpu", 1e12, ".")
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()]
+    assert [len(row) for row in rows] == [len(benchmark.CELLS)] * 2 + [3]
+    assert [row[:2] for row in rows[:2]] == [["tiny", "fp32"], ["tiny", "bf16"]]
+    assert rows[0][3:5] == ["1000.0", "4"] and rows[0][8:12] == ["1000.0", "39,062", "1000.0", "1.00"]
+    assert rows[1][10:] == ["-"] * 3 and rows[2] == ["tiny", "bf16 compiled", "no compiler"]
 
 
 @pytest.mark.parametrize("gains, expected", [

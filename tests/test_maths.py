@@ -2,6 +2,7 @@
 import math
 import os
 import signal
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -261,3 +262,67 @@ def test_what_is_not_finite_is_named_with_its_step_and_not_saved(cfg, monkeypatc
         trained(cfg, bad)
     assert len(list(cfg.folder.iterdir())) == (seconds < 0)
     assert same(trained(cfg), trained(cfg, restart=True))
+
+
+def lines_of(cfg, monkeypatch, capsys, end=None):
+    """The log of a run whose first step takes 100 seconds and every other one a second."""
+    def slow(step, trainer):
+        clock[0] += 1 if started else 100
+        started.append(step)
+        if step == end:
+            raise KeyboardInterrupt
+        return smooth(step, trainer)
+
+    clock, started = [0.0], []
+    monkeypatch.setattr(common, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    capsys.readouterr()
+    try:
+        trained(cfg, slow)
+    except KeyboardInterrupt:
+        pass
+    return [line for line in capsys.readouterr().out.splitlines() if "loss" in line]
+
+
+def test_speed_and_time_left_do_not_count_the_first_step_of_any_run(cfg, monkeypatch, capsys):
+    lines = lines_of(cfg, monkeypatch, capsys)
+    assert "step      1/40" in lines[0] and "img/s" not in lines[0]
+    assert "step     12/40" in lines[1] and lines[1].endswith("| 4 img/s | left 0:00:28")
+    assert lines[-1].endswith("| 4 img/s | left 0:00:00")
+    cfg.restart = True
+    monkeypatch.setattr(common, "SAVE_SECONDS", -1)
+    lines_of(cfg, monkeypatch, capsys, end=5)
+    cfg.restart = False
+    monkeypatch.setattr(common, "SAVE_SECONDS", 300)
+    lines = lines_of(cfg, monkeypatch, capsys)
+    assert "step      6/40" in lines[0] and "img/s" not in lines[0]
+    assert lines[1].endswith("| 4 img/s | left 0:00:23")
+
+
+def test_a_second_signal_ends_at_once_and_the_handlers_are_restored_after_that_and_after_a_refusal(cfg):
+    def asked(step, trainer):
+        for _ in range(2 if step == 5 else 0):
+            os.kill(os.getpid(), signal.SIGINT)
+        assert step < 5, "the second signal was ignored"
+        return smooth(step, trainer)
+
+    def refused(step, trainer):
+        raise UserError("a refusal")
+
+    own = [signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)]
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    try:
+        for loss, error in ((asked, KeyboardInterrupt), (refused, UserError)):
+            with pytest.raises(error):
+                trained(cfg, loss, restart=True)
+            assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    finally:
+        for number, handler in zip((signal.SIGINT, signal.SIGTERM), own):
+            signal.signal(number, handler)
+
+
+def test_it_trains_in_a_thread_where_no_signal_can_be_caught(cfg):
+    found = []
+    thread = threading.Thread(target=lambda: found.extend(trained(cfg)))
+    thread.start()
+    thread.join()
+    assert same(found, trained(cfg, restart=True))

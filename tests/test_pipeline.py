@@ -171,7 +171,8 @@ def test_signals_and_kills_at_any_moment_change_nothing(finished, tmp_path):
 
 def test_a_user_sees_one_line_and_a_failing_exit_code():
     assert "out/shapes/03_reflow.pt is missing. Run stage 03" in refused("04", "out")
-    done = subprocess.run([sys.executable, ROOT / "02_generate_pairs.py"], text=True, capture_output=True)
+    command = sys.executable, ROOT / "02_generate_pairs.py", "--device=cpu"
+    done = subprocess.run(command, text=True, capture_output=True)
     assert done.returncode == 1 and re.fullmatch("error: .*01_teacher.pt is missing.*\n", done.stderr)
 
 
