@@ -31,7 +31,7 @@ from common import (LOG_SECONDS, PAIRS, RANK, WORLD, compiled, euler, fingerprin
 
 SETTINGS = [
     # name           shapes  cifar10_quick  cifar10  ffhq64  imagenet64
-    ("n_pairs",      1024,   50_000,        50_000,  50_000, 200_000, "pairs to make. paper: 50,000 or more"),
+    ("n_pairs",      160,    50_000,        50_000,  50_000, 200_000, "pairs to make. paper: 50,000 or more"),
     ("sample_steps", 10,     50,            100,     100,    100,     "Euler steps. paper: RK45, adaptive"),
     ("precision",    "fp32", "auto",        "fp32",  "fp32", "fp32",  "network's", ("fp32", "bf16", "auto")),
 ]

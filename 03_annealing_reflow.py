@@ -42,7 +42,7 @@ SETTINGS = [
     # name           shapes     cifar10_quick  cifar10    ffhq64     imagenet64
     ("schedule",     "linear",  "linear",      "linear",  "linear",  "linear",
      "of beta, see beta()", ("linear", "cosine", "exponential", "none")),
-    ("anneal_steps", 300,       15_000,        300_000,   300_000,   300_000,    "K, steps of annealing"),
+    ("anneal_steps", 675,       15_000,        300_000,   300_000,   300_000,    "K, steps of annealing"),
     ("flip",         True,      True,          True,      True,      False,      "mirror half of the pairs"),
     # The small network: 0.1M, 7.0M, 15.7M, 15.7M, 80.6M parameters. (Paper, ImageNet: an ADM U-Net, 80.7M.)
     ("base",         12,        64,            96,        96,        192,        "channels of level 1"),
@@ -55,8 +55,8 @@ SETTINGS = [
     ("t_distribution", "early", "uniform",     "uniform", "uniform", "uniform",
      "of t, see draw_t() in 01", ("uniform", "logit_normal", "early")),
     ("optimizer",    "muon",    "adam",        "adam",    "adam",    "adam",  "optimiser", ("adam", "muon")),
-    ("steps",        1300,      40_000,        800_000,   800_000,   800_000,    "optimiser steps"),
-    ("batch",        16,        128,           128,       128,       128,        "pairs per step"),
+    ("steps",        1800,      40_000,        800_000,   800_000,   800_000,    "optimiser steps"),
+    ("batch",        32,        128,           128,       128,       128,        "pairs per step"),
     ("lr",           8e-3,      2e-4,          2e-4,      2e-4,      2e-4,       "learning rate"),
     ("warmup",       100,       1000,          5000,      5000,      5000,       "steps while lr rises"),
     ("cooldown",     0.6,       0.3,           0.0,       0.0,       0.0,        "share while lr falls"),
