@@ -1,82 +1,98 @@
 """Stage 01: train the teacher, a rectified flow, on real images.
 
-A rectified flow is a velocity field v that carries noise z (t = 0) to images x (t = 1). It is learned by
-regression: draw an image and, independently, a noise; stand on the straight line between them; predict the
-line's direction.
+A rectified flow is a velocity field v. It says in which direction and how fast a point x_t should
+move at time t, so that noise z (t = 0) becomes an image x (t = 1). It is learned by regression.
+Draw an image and, independently of it, a noise. Stand on the straight line between them. Predict
+the direction of the line.
 
-    x_t = t x + (1 - t) z        L = E || v(x_t, t) - (x - z) ||^2        t ~ U[EPS, 1], or see draw_t()
+    x_t = t x + (1 - t) z      L = E || v(x_t, t) - (x - z) ||^2      t ~ U[EPS, 1], or see draw_t()
 
-Many such lines, from other noises to other images, pass through the same x_t. The network cannot tell which
-of them was drawn, so the best it can learn is the average of their directions. Why are the images right all
-the same? Think of a crowd in which everybody walks along a line of his own. Now let all who meet at a place
-go on with the average of their velocities. Nobody follows his own line any more, but as many as before enter
-and leave each place. So the crowd is spread as before at every t, and at t = 1 it is spread like the images.
+Through one x_t there is a line to every image x, since some noise z = (x_t - t x) / (1 - t) would
+have led there; some of these noises are likely, others are not. The network sees x_t only, so it
+cannot tell which line was drawn. A squared error is smallest at the mean. So the network learns
+the average direction of all these lines, weighted by how likely they are.
 
-What the average bends is the path. At t = 0 all lines are possible still, and their average points at the
-average image: one Euler step gives a blur. On the way fewer and fewer lines remain, and the path turns
-towards one image. So this teacher needs many steps. The later stages make the paths straight, in a smaller
-network.
+Why do the images come out right nevertheless? Imagine a crowd in which each person walks along a
+straight line. Wherever several people meet, all of them continue with the average velocity of the
+group. Nobody keeps their own line any more, but as many people as before enter and leave each
+place. So at every t the crowd is spread out as it would have been, and at t = 1 it is spread out
+like the images.
 
-The weights jitter from batch to batch. Their moving average (EMA) does not, and makes better images: only it
-is kept. It forgets the first weights: in step n d = min(ema, (1 + n) / (10 + n)) of the average stays. The
-paper's 0.999999 would be reached after 9 million steps.
+What the average does change is the path: it bends. At t = 0 every image is still possible, and the
+average direction points at the average image. A single Euler step, a straight move with the
+velocity at the start, therefore lands on a blur. Later fewer and fewer images remain likely, and
+the path turns towards one of them. So this teacher needs many steps. The later stages make the
+paths straight, in a smaller network.
 
-At first the network answers 0, so the loss begins at E |x - z|^2, which is 1.5 for `shapes`. It does not go
-to 0, however good the network is: the lines through x_t do differ from their average. About 0.06 remains.
+The weights jitter from batch to batch. Their exponential moving average (EMA) does not, and it
+makes better images, so only the average is kept: average <- d average + (1 - d) weights. After n
+steps d is min(ema, (1 + n) / (10 + n)): small at first, so that the random weights of the start
+are soon forgotten. (The paper's ema of 0.999999 would be reached after 9 million steps.)
 
-Reads   images: --data shapes (drawn by the program), cifar10 (downloaded), or the path of a folder or zip;
-        for your own take the preset of the nearest size, such as cifar10_quick for 32x32
-Writes  out/<preset>/01_teacher.pt; 01_samples.png, a row for each eighth of the training; 01_state.pt, from
-        which a run continues
+At first the network answers 0, so the loss begins at E |x - z|^2, which is 1.5 for `shapes`. It
+does not fall to 0, however good the network is, because the lines through x_t do differ from
+their average. About 0.06 remains.
+
+Reads   images: --data shapes (drawn by the program), cifar10 (downloaded), or the path of a folder
+        or zip; docs/images.md says what your own may look like
+Writes  out/<preset>/01_teacher.pt; 01_samples.png, one row for each eighth of the training;
+        01_state.pt, from which an interrupted run continues
 Takes   shapes: half a minute on 2 CPU cores (AMD EPYC, torch 2.13)
 """
 import torch
 
-from common import (EPS, Trainer, UNet, fingerprint, from_uint8, load_images, require, run, samples,
+from common import (EPS, Trainer, UNet, fingerprint, from_uint8, load_data, require, run, samples,
                     save_grid, save_network, say, start)
 
-SETTINGS = [
-    # name          shapes     cifar10_quick  cifar10       ffhq64        imagenet64
-    ("data",        "shapes",  "cifar10",     "cifar10",    "ffhq-64x64.zip",
-     "imagenet-64x64.zip", "shapes, cifar10, or the path of images"),
-    ("image_size",  16,        32,            32,           64,           64,           "pixels"),
-    ("conditional", True,      False,         False,        False,        True,         "with class labels"),
-    ("flip",        True,      True,          True,         True,         False,        "mirror half"),
-    # The network. (The paper's teachers are published; ImageNet's has 296M parameters, the one here 114M.)
-    ("base",        20,        128,           128,          128,          192,          "channels, level 1"),
-    ("mult",        (1, 2),    (1, 2, 2),     (1, 2, 2, 2), (1, 2, 2, 2), (1, 2, 2, 2), "levels, x base"),
-    ("blocks",      1,         2,             4,            4,            3,            "blocks per level"),
-    ("attn",        (8,),      (16,),         (16,),        (16,),        (16,),        "attention sizes"),
-    ("dropout",     0.0,       0.1,           0.15,         0.15,         0.1,          "probability"),
-    # Training. (The paper trains no teacher. These are the steps that it gives stage 03.) With Muon the judge
-    # of 05 names 99.6 % of the teacher's `shapes` as asked, with Adam 97.9 % (one seed).
-    ("t_distribution", "logit_normal", "uniform", "uniform", "uniform", "uniform",
-     "of t, see draw_t()", ("uniform", "logit_normal", "early")),
-    ("optimizer",   "muon",    "adam",        "adam",      "adam",    "adam", "optimiser", ("adam", "muon")),
-    ("steps",       900,       30_000,        800_000,      800_000,      800_000,      "optimiser steps"),
-    ("batch",       16,        128,           128,          128,          128,          "images per step"),
-    ("lr",          4e-3,      2e-4,          2e-4,         2e-4,         2e-4,         "learning rate"),
-    ("warmup",      100,       1000,          5000,         5000,         5000,         "while lr rises"),
-    ("cooldown",    0.6,       0.3,           0.0,          0.0,          0.0,          "share: lr falls"),
-    ("ema",         0.999,     0.9995,        0.999999,     0.999999,     0.999999,     "of the weights"),
-    ("precision",   "fp32",    "auto",        "auto",       "auto",    "auto", "", ("fp32", "bf16", "auto")),
-]
+SETTINGS = {
+    "data": dict(shapes="shapes", ffhq64="ffhq-64x64.zip", imagenet64="imagenet-64x64.zip",
+                 others="cifar10", help="shapes, cifar10, or the path of images"),
+    "image_size": dict(shapes=16, ffhq64=64, imagenet64=64, others=32, help="pixels"),
+    "conditional": dict(shapes=True, imagenet64=True, others=False, help="learn the class labels"),
+    "flip": dict(imagenet64=False, others=True, help="mirror half of the images"),
+    # The network: 0.3M parameters for shapes, 27.9M for cifar10_quick, then 61.8M. (The paper's
+    # teachers are published ones. Its ImageNet teacher has 296M parameters, the one here 114M.)
+    "base": dict(shapes=20, imagenet64=192, others=128, help="channels of level 1"),
+    "mult": dict(shapes=(1, 2), cifar10_quick=(1, 2, 2), others=(1, 2, 2, 2),
+                 help="channels of each level, as multiples of base"),
+    "blocks": dict(shapes=1, cifar10_quick=2, imagenet64=3, others=4, help="per level"),
+    "attn": dict(shapes=(8,), others=(16,), help="image sizes with attention"),
+    "dropout": dict(shapes=0.0, cifar10_quick=0.1, imagenet64=0.1, others=0.15, help="probability"),
+    # Training. (The paper trains no teacher: these are the steps that it gives stage 03.)
+    "t_distribution": dict(shapes="logit_normal", others="uniform",
+                           choices=("uniform", "logit_normal", "early"), help="see draw_t()"),
+    "optimizer": dict(shapes="muon", others="adam", choices=("adam", "muon"), help="see Trainer"),
+    "steps": dict(shapes=900, cifar10_quick=30_000, others=800_000, help="optimiser steps"),
+    "batch": dict(shapes=16, others=128, help="images in a step"),
+    "lr": dict(shapes=4e-3, others=2e-4, help="learning rate"),
+    "warmup": dict(shapes=100, cifar10_quick=1000, others=5000, help="steps while lr rises"),
+    "cooldown": dict(shapes=0.6, cifar10_quick=0.3, others=0.0, help="share while lr falls"),
+    "ema": dict(shapes=0.999, cifar10_quick=0.9995, others=0.999999, help="decay of the average"),
+    "precision": dict(shapes="fp32", others="auto", choices=("fp32", "bf16", "auto"),
+                      help="auto: bf16 where the hardware has it"),
+}
 
 
 def draw_t(n, distribution, device):
-    """n times t in [EPS, 1]: (n,)."""
-    t = torch.rand(n, device=device)  # "uniform" (paper)
-    if distribution == "early":  # more often near the noise: sampling in one call uses v(z, EPS) alone
+    """n times t in [EPS, 1]: (n,).
+
+    "uniform" is the paper's. "logit_normal" is more often in the middle, where it is decided what
+    the image shows: there the teacher has most to learn (Esser et al., 2403.03206). "early" is more
+    often near the noise: sampling in one call asks for v(z, EPS) alone, so stage 03 uses it.
+    """
+    t = torch.rand(n, device=device)
+    if distribution == "early":
         t = t**2
-    elif distribution == "logit_normal":  # more often in the middle. Esser et al., 2403.03206
+    if distribution == "logit_normal":
         t = torch.randn(n, device=device).sigmoid()
     return EPS + (1 - EPS) * t
 
 
 def flow_loss(net, z, x, t, labels=None):
-    """E || v(x_t, t) - (x - z) ||^2, the mean over pixels and batch: a scalar. Liu et al., 2209.03003, Eq. 1.
+    """E || v(x_t, t) - (x - z) ||^2, a scalar. Liu et al., 2209.03003, Eq. 1.
 
-    z, x (B, C, H, W): noise and images, independent of each other; t (B,); labels int64 (B,) or None.
+    z, x (B, C, H, W): noise and images, independent of each other; t (B,); labels int64 (B,), or
+    None.
     """
     # x_t = t x + (1 - t) z
     s = t.view(-1, 1, 1, 1)
@@ -88,26 +104,28 @@ def flow_loss(net, z, x, t, labels=None):
 def main(cfg):
     device = start(cfg, "01 teacher")
 
-    # 1. All images, uint8 (N, 3, H, W), and their labels.
-    images, labels = load_images(cfg.data, cfg.image_size)
-    made_from, classes = {"data": fingerprint(images)}, 0
+    # 1. All images, uint8 (N, 3, H, W), and their labels (N,).
+    images, labels, class_names = load_data(cfg.data, cfg.image_size)
+    made_from = {"data": fingerprint(images)}
     if cfg.conditional:
         require(labels is not None, f"--conditional needs labels, and {cfg.data} has none")
-        made_from["labels"], classes = fingerprint(labels), int(labels.max()) + 1
-        absent = sorted(set(range(classes)) ^ set(labels.tolist()))
-        require(not absent, f"{cfg.data} has labels up to {classes - 1}, no images of class {absent[:10]}. A "
-                "class without images cannot be learned: number the classes from 0, without gaps")
-    say(f"data | {len(images):,} images from {cfg.data}, {classes} classes")
+        absent = set(range(len(class_names))) - set(labels.tolist())
+        require(not absent, f"{cfg.data} has no images of the classes {sorted(absent)[:10]}. They "
+                "cannot be learned: number the classes from 0, without gaps")
+        made_from["labels"] = fingerprint(labels)
+    else:
+        labels, class_names = None, []
 
     # 2. The network.
-    net = UNet(cfg.image_size, 3, cfg.base, cfg.mult, cfg.blocks, cfg.attn, classes, cfg.dropout,
-               cfg.precision).to(device)
+    net = UNet(cfg.image_size, 3, cfg.base, cfg.mult, cfg.blocks, cfg.attn, len(class_names),
+               cfg.dropout, cfg.precision).to(device)
+    net.class_names = class_names
     say(f"teacher | {sum(p.numel() for p in net.parameters()):,} parameters")
 
     # 3. Training.
     trainer = Trainer(cfg, "01 teacher", net, made_from)
     for step in trainer.steps():
-        x, y = trainer.draw(images, labels if classes else None)
+        x, y = trainer.draw(images, labels)
         x = from_uint8(x)  # (B, 3, H, W)
         if cfg.flip:  # a mirrored photo is as good a photo: twice the images
             mirrored = torch.rand(len(x), 1, 1, 1, device=device) < 0.5
@@ -115,9 +133,11 @@ def main(cfg):
         z = torch.randn_like(x)
         t = draw_t(len(x), cfg.t_distribution, device)
         trainer.update(flow_loss(trainer.net, z, x, t, y))
-        if trainer.done % max(1, cfg.steps // 8) == 0:  # watch it learn: what the same noises become
-            trainer.strips[f"after {trainer.done} steps"] = samples(trainer.ema, cfg.seed, range(12), 12)
-            save_grid(cfg.folder / "01_samples.png", list(trainer.strips.values()), list(trainer.strips))
+        if trainer.done % max(1, cfg.steps // 8) == 0:  # watch it learn, from the same noises
+            title = f"after {trainer.done} steps"
+            trainer.strips[title] = samples(trainer.ema, cfg.seed, range(12), 12)
+            rows, titles = list(trainer.strips.values()), list(trainer.strips)
+            save_grid(cfg.folder / "01_samples.png", rows, titles)
 
     # 4. Keep the averaged weights.
     save_network(cfg, "01_teacher.pt", trainer.ema, made_from)

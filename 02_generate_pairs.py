@@ -1,22 +1,26 @@
 """Stage 02: let the teacher pair every noise with an image.
 
-The teacher's flow is an ordinary differential equation. Its velocity v(x, t) has a single value at each
-place and time. So two paths cannot cross: from a point there is only one way on, and only one way back. Each
-noise z leads to exactly one image x. Euler's method follows it in N small steps, which are N network calls:
+The teacher's flow is an ordinary differential equation. Its velocity v(x, t) has a single value at
+each place and time, so two paths cannot cross: from a point there is only one way on, and only one
+way back. Each noise z therefore leads to exactly one image x. Euler's method follows it in N small
+steps, which are N network calls:
 
-    dx/dt = v(x, t),  x = z at the start:        x <- x + v(x, t_i) / N,  t_i = EPS + (1 - EPS) i / N
+    dx/dt = v(x, t),  x = z at the start:      x <- x + v(x, t_i) / N,  t_i = EPS + (1 - EPS) i / N
 
-Such a couple (z, x) is a pair. In stage 01 noise and image were drawn independently of each other; here they
-belong together, and this is what stages 03 and 04 learn from. The straight lines between the ends of paths
-cross far less often than lines between random ends.
+Such a couple (z, x) is a pair. In stage 01 noise and image were drawn independently of each other;
+here they belong together, and this is what stages 03 and 04 learn from.
 
-Pair i has the noise noise_for(seed, i). It is rounded to float16, as it is stored, before it is followed: so
-the stored noise leads to the stored image.
+The straight lines between the two ends of a pair cross less often than lines between random ends.
+Paths that never cross keep their order, so neighbouring noises mostly lead to similar images, and
+their lines run side by side. (That is a tendency, not a theorem: docs/results.md measures it.)
+
+Pair i has the noise noise_for(seed, i). It is rounded to float16, as it is stored, before it is
+followed: so the stored noise leads to the stored image.
 
 Reads   out/<preset>/01_teacher.pt
-Writes  out/<preset>/02_pairs.pt, 02_pairs.png; until all are there, 02_pairs.pt.parts, from which a run
-        continues
-Takes   shapes: 5 s on 2 CPU cores (AMD EPYC, torch 2.13)
+Writes  out/<preset>/02_pairs.pt, 02_pairs.png; until all pairs are there, 02_pairs.pt.parts, from
+        which an interrupted run continues
+Takes   shapes: 4 s on 2 CPU cores (AMD EPYC, torch 2.13)
 """
 import datetime
 import math
@@ -26,34 +30,50 @@ import time
 import torch
 
 from common import (LOG_SECONDS, PAIRS, RANK, WORLD, compiled, euler, fingerprint, labels_for, load,
-                    load_network, noise_for, read, require, require_same_run, run, sampling_batch, save,
-                    save_grid, say, settings_of, start, wait_for_all)
+                    load_network, noise_for, read, require, require_same_run, run, sampling_batch,
+                    save, save_grid, say, settings_of, start, wait_for_all)
 
-SETTINGS = [
-    # name           shapes  cifar10_quick  cifar10  ffhq64  imagenet64
-    ("n_pairs",      160,    50_000,        50_000,  50_000, 200_000, "pairs to make. paper: 50,000 or more"),
-    ("sample_steps", 10,     50,            100,     100,    100,     "Euler steps. paper: RK45, adaptive"),
-    ("precision",    "fp32", "auto",        "fp32",  "fp32", "fp32",  "network's", ("fp32", "bf16", "auto")),
-]
+SETTINGS = {
+    "n_pairs": dict(shapes=160, imagenet64=200_000, others=50_000,
+                    help="paper: 50,000 or more"),
+    "sample_steps": dict(shapes=10, cifar10_quick=50, others=100, help="Euler steps. paper: RK45"),
+    "precision": dict(shapes="fp32", others="auto", choices=("fp32", "bf16", "auto"),
+                      help="of the network"),
+}
 PART = 512  # ours: pairs in a file, until all are there
 
 
-def make_pairs(cfg, name, net, made_from, n, steps, first_index, sampler=euler):
-    """Writes n pairs (z, x = sampler(net, z, steps, labels)) as <out>/<preset>/<name>, float16 (n, 3, H, W).
+def follow(net, fast, z, steps, labels, sampler):
+    """x = sampler(net, z, steps, labels) for noises z (N, 3, H, W), batch by batch: float16, as z.
 
-    Their noises are numbered from first_index; labels are uniform over the classes. Each part is saved when
-    it is made, so a run that was broken off continues; several processes share them. Raises UserError if what
-    is there was made with other settings.
+    fast: the same network, compiled for full batches.
+    """
+    x, batch = torch.empty_like(z), sampling_batch(net)
+    for rows in torch.arange(len(z)).split(batch):
+        network = fast if len(rows) == batch else net
+        y = None if labels is None else labels[rows].to(net.device)
+        x[rows] = sampler(network, z[rows].to(net.device).float(), steps, y).half().cpu()
+    return x
+
+
+def make_pairs(cfg, name, net, made_from, n, steps, first_index, sampler=euler):
+    """Writes n pairs (z, x = sampler(net, z, steps, labels)) as <out>/<preset>/<name>.
+
+    Both are float16 (n, 3, H, W). Their noises are numbered from first_index, their labels uniform
+    over the classes. Each part of the pairs is saved when it is made, so an interrupted run
+    continues; several processes share the parts. Raises UserError if what is there was made with
+    other settings.
     """
     require(n and steps, f"{n} pairs of {steps} steps: both must be at least 1")
-    path, parts = cfg.folder / name, cfg.folder / f"{name}.parts"
-    made = {"made from": made_from, "pairs": n, "steps": steps, "seed": cfg.seed, "precision": net.precision}
+    path, folder = cfg.folder / name, cfg.folder / f"{name}.parts"
+    made = {"made from": made_from, "pairs": n, "steps": steps, "seed": cfg.seed,
+            "precision": net.precision}
     complete = path.exists() and not cfg.restart
     if complete:
         require_same_run(path, load(cfg, name)["made"], made)
         say(f"{path} is complete")
     if RANK == 0 and (complete or cfg.restart):
-        shutil.rmtree(parts, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
     if RANK == 0 and cfg.restart:
         path.unlink(missing_ok=True)
     wait_for_all()
@@ -62,46 +82,43 @@ def make_pairs(cfg, name, net, made_from, n, steps, first_index, sampler=euler):
 
     # 1. Follow the noises, part by part.
     labels = labels_for(cfg.seed, n, net.args["classes"])
-    files = {first: parts / f"{first:09}.pt" for first in range(0, n, PART)}
-    there = [part for part in files.values() if part.exists()]
-    if there:
-        require_same_run(parts, read(there[0])["made"], made)
+    files = {first: folder / f"{first:09}.pt" for first in range(0, n, PART)}
+    for file in files.values():
+        if file.exists():
+            require_same_run(folder, read(file)["made"], made)
     todo = [first for first in list(files)[RANK::WORLD] if not files[first].exists()]
     batch = sampling_batch(net)
-    say(f"{n:,} pairs x {steps} steps | {len(files)} parts of {PART}, {batch} in a network call")
+    say(f"{n:,} pairs x {steps} steps | {len(files)} parts, {batch} images in a call")
     fast = compiled(cfg, net, len(todo) * PART // batch * steps, batch)
-    began = said = time.monotonic()
+    began = logged = time.monotonic()
     for done, first in enumerate(todo, 1):
         last = min(first + PART, n)
         z = noise_for(cfg.seed, range(first_index + first, first_index + last), net.shape).half()
-        x = torch.empty_like(z)  # (PART, 3, H, W)
-        for rows in torch.arange(last - first).split(batch):
-            y = None if labels is None else labels[first + rows].to(net.device)
-            network = fast if len(rows) == batch else net
-            x[rows] = sampler(network, z[rows].to(net.device).float(), steps, y).half().cpu()
+        y = None if labels is None else labels[first:last]
+        x = follow(net, fast, z, steps, y, sampler)
         require(x.isfinite().all(), f"images of pairs {first} to {last - 1} are not finite")
         save(files[first], z=z, x=x, made=made)
         now = time.monotonic()
-        if now - said > LOG_SECONDS:
+        if now - logged > LOG_SECONDS:
             left = datetime.timedelta(seconds=round((now - began) / done * (len(todo) - done)))
             say(f"{name} | part {done} of {len(todo)} | left {left}")
-            said = now
+            logged = now
     wait_for_all()
 
     # 2. Join them. The large arrays are mapped files: memory never has to hold them.
     if RANK == 0:
         arrays = {}
         for key in ("z", "x"):
-            with open(parts / key, "wb") as file:
+            with open(folder / key, "wb") as file:
                 for part in files.values():
-                    content = read(part)
-                    require_same_run(parts, content["made"], made)
-                    file.write(content[key].numpy().tobytes())
-            mapped = torch.from_file(str(parts / key), size=n * math.prod(net.shape), dtype=torch.half)
+                    file.write(read(part)[key].numpy().tobytes())
+            size = n * math.prod(net.shape)
+            mapped = torch.from_file(str(folder / key), size=size, dtype=torch.half)
             arrays[key] = mapped.view(n, *net.shape)
-        save(path, preset=cfg.preset, settings=settings_of(cfg), id=fingerprint(arrays["z"], arrays["x"]),
-             made_from=made_from, made=made, **arrays, labels=labels, network=net.args)
-        shutil.rmtree(parts)
+        save(path, preset=cfg.preset, settings=settings_of(cfg), id=fingerprint(*arrays.values()),
+             made_from=made_from, made=made, **arrays, labels=labels, network=net.args,
+             class_names=net.class_names)
+        shutil.rmtree(folder)
     wait_for_all()
 
 
@@ -112,9 +129,10 @@ def main(cfg):
     teacher, artifact = load_network(cfg, "01_teacher.pt", device)
 
     # 2. Noise -> image.
-    make_pairs(cfg, "02_pairs.pt", teacher, artifact["lineage"], cfg.n_pairs, cfg.sample_steps, PAIRS)
+    made_from = artifact["lineage"]
+    make_pairs(cfg, "02_pairs.pt", teacher, made_from, cfg.n_pairs, cfg.sample_steps, PAIRS)
 
-    # 3. Look at the first.
+    # 3. Look at the first ones.
     save_grid(cfg.folder / "02_pairs.png", load(cfg, "02_pairs.pt")["x"][:64].split(8))
     say(f"wrote {cfg.folder}/02_pairs.pt, 02_pairs.png | next: 03_annealing_reflow.py")
 

@@ -1,67 +1,72 @@
-"""Stage 04: flow-guided distillation. The 2-rectified flow becomes a network that needs one call.
+"""Stage 04: flow-guided distillation. The flow becomes a student that needs one network call.
 
-The student v' starts as a copy of stage 03's flow v. It learns to jump from the noise to the image, by two
-losses:
+The student v' starts as a copy of stage 03's flow v. It learns to jump from the noise to the
+image, by two losses:
 
-    L_distill = E D( z + v'(z, EPS), x )          on pairs (z, x)                     (paper, Eq. 8)
-    L_2step   = E D( z + v'(z, EPS), target )     on fresh noise z in every step      (paper, Eqs. 11-13)
-                x_t = z + t v'(z, EPS),   target = x_t + (1 - t) v(x_t, t),   t ~ U[0.2, 0.8],  no gradient
+    L_distill = E D( z + v'(z, EPS), x )         on pairs (z, x)                 (paper, Eq. 8)
+    L_2step   = E D( z + v'(z, EPS), target )    on fresh noise z in every step  (Eqs. 11-13)
+                x_t = z + t v'(z, EPS),   target = x_t + (1 - t) v(x_t, t),   t ~ U[0.2, 0.8]
 
-A pair's image took many network calls, so pairs are few. A two-step target costs one call more than the
-student's own, so every step can have new noise: the flow guides the student where there are no pairs. The
-guide is no better than two steps of the flow. So it helps where a student would learn its few pairs by heart;
-on `shapes`, with 1,024 pairs, as much time on pairs alone does as well or better (docs/results.md).
+Why is the target better than the jump that is compared with it? The jump must guess the whole
+image from noise. The target goes only part of the way on that guess; then the flow looks at x_t,
+where the image already shows, and corrects the rest of the way. So the student is pulled towards
+what its own first step becomes after a second look. No gradient goes through the target: otherwise
+the loss could fall by making the target as bad as the jump.
 
-Why is the target better than the jump that is compared with it? The jump must guess the whole image from
-noise. The target goes only part of the way on that guess; then the flow looks at x_t, where the image
-already shows, and corrects the rest of the way. So the student is pulled towards what its own first step
-becomes after a second look. No gradient goes through the target: otherwise the loss could fall by making the
-target as bad as the jump. (Consistency models use the same trick, with one network for both jumps: the one
-from later, when more of the image shows, is the target.)
+Why two losses? A pair's image took many network calls, so pairs are few, and the student alone
+learns them by heart. A target takes one call of the flow, so every step can have new noise: the
+flow guides the student where there are no pairs. (This has nothing to do with classifier-free
+guidance.) The price is that call, and the student's own on a second batch: a step takes almost
+twice as long. @@WHAT@@
 
-D is a distance of images: squared L2; pseudo-Huber; or LPIPS, which compares what a network for photographs
-sees in them. (`shapes` has pseudo-Huber, about the length of x - y: squares would blur what is in doubt. Its
-loss begins near 5 and ends near 3: two terms, each the length of 768 errors of about 0.05.)
+t avoids both ends (official code: 0.2 to 0.8). Near 0 the flow's second look sees only noise; near
+1 nothing is left to correct.
 
-Reads   out/<preset>/03_reflow.pt; 02_pairs.pt with --pairs_from teacher; published weights with --distance
-        lpips
-Writes  out/<preset>/04_student.pt, 04_samples.png; 04_state.pt, from which a run continues; 04_pairs.pt with
-        --pairs_from flow
-Takes   shapes: 20 s on 2 CPU cores (AMD EPYC, torch 2.13)
+D is a distance between images: squared L2, pseudo-Huber, or LPIPS, which compares the features
+that a network for photographs finds in them. `shapes` uses pseudo-Huber, which is about the length
+of x - y: squares would make the average of what is possible the best answer, a blur. The loss
+begins near @@L0@@ and ends near @@L1@@, the sum of two lengths over 768 values.
+
+Reads   out/<preset>/03_reflow.pt; 02_pairs.pt with --pairs_from teacher; published weights with
+        --distance lpips
+Writes  out/<preset>/04_student.pt, 04_samples.png; 04_state.pt, from which an interrupted run
+        continues; 04_pairs.pt with --pairs_from flow
+Takes   shapes: @@T4@@ on 2 CPU cores (AMD EPYC, torch 2.13)
 """
 import copy
-import importlib
 import math
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import (EPS, OWN_PAIRS, WORLD, Trainer, UNet, compiled, download, load, load_network, require, run,
-                    samples, save_grid, save_network, say, start)
+from common import (EPS, OWN_PAIRS, WORLD, Trainer, UNet, compiled, download, load, load_network,
+                    require, run, samples, save_grid, save_network, say, stage, start)
 
-SETTINGS = [
-    # name         shapes     cifar10_quick  cifar10   ffhq64    imagenet64
-    ("distance",   "huber",   "lpips",       "lpips",  "lpips",  "lpips",    "D", ("l2", "huber", "lpips")),
-    ("guidance",   1.0,       1.0,           1.0,      1.0,      1.0,        "weight of L_2step; 0: off"),
-    ("guide_from", "noise",   "noise",       "noise",  "noise",  "noise", "L_2step: z", ("noise", "pairs")),
-    ("t_low",      0.2,       0.2,           0.2,      0.2,      0.2,        "official code: t from 0.2"),
-    ("t_high",     0.8,       0.8,           0.8,      0.8,      0.8,        "official code: t to 0.8"),
-    # `shapes` learns from the pairs that are there already; the paper's best students from the flow's own.
-    ("pairs_from", "teacher", "flow",        "flow",   "flow",   "flow", "whose pairs", ("teacher", "flow")),
-    ("n_pairs",    1024,      50_000,        50_000,   50_000,   200_000,    "own pairs to make"),
-    ("pair_steps", 10,        25,            100,      100,      100,        "Euler steps. paper: RK45"),
+SETTINGS = {
+    "distance": dict(shapes="huber", others="lpips", choices=("l2", "huber", "lpips"), help="D"),
+    "guidance": dict(others=1.0, help="weight of L_2step; 0: pairs alone"),
+    "guide_from": dict(others="noise", choices=("noise", "pairs"), help="the z of L_2step"),
+    "t_low": dict(others=0.2, help="of t in L_2step. official code: 0.2"),
+    "t_high": dict(others=0.8, help="of t in L_2step. official code: 0.8"),
+    # `shapes` learns from the teacher's pairs, which are there already. The paper's best students
+    # learn from pairs that the flow makes itself.
+    "pairs_from": dict(shapes="teacher", others="flow", choices=("teacher", "flow"),
+                       help="whose pairs"),
+    "n_pairs": dict(shapes=1024, imagenet64=200_000, others=50_000, help="of the flow"),
+    "pair_steps": dict(shapes=10, cifar10_quick=25, others=100, help="of the flow. paper: RK45"),
     # Training.
-    ("start_from", "flow",    "flow",        "flow",   "flow",   "flow",     "weights", ("flow", "scratch")),
-    ("optimizer",  "muon",    "adam",        "adam",   "adam",   "adam",     "optimiser", ("adam", "muon")),
-    ("steps",      500,       15_000,        400_000,  400_000,  400_000,    "optimiser steps"),
-    ("batch",      16,        128,           128,      128,      128,        "pairs, and new noises"),
-    ("lr",         5e-3,      2e-4,          2e-4,     2e-4,     2e-4,       "learning rate"),
-    ("warmup",     50,        0,             0,        0,        0,          "steps while lr rises"),
-    ("cooldown",   1.0,       0.5,           0.0,      0.0,      0.0,        "share while lr falls"),
-    ("ema",        0.995,     0.9995,        0.999999, 0.999999, 0.999999,   "decay of the averaged weights"),
-    ("precision",  "fp32",    "auto",        "auto",   "auto",   "auto",     "", ("fp32", "bf16", "auto")),
-]
+    "start_from": dict(others="flow", choices=("flow", "scratch"), help="the first weights"),
+    "optimizer": dict(shapes="muon", others="adam", choices=("adam", "muon"), help="see Trainer"),
+    "steps": dict(shapes=500, cifar10_quick=15_000, others=400_000, help="optimiser steps"),
+    "batch": dict(shapes=16, others=128, help="pairs in a step, and as many new noises"),
+    "lr": dict(shapes=5e-3, others=2e-4, help="learning rate"),
+    "warmup": dict(shapes=50, others=0, help="steps while lr rises"),
+    "cooldown": dict(shapes=1.0, cifar10_quick=0.5, others=0.0, help="share while lr falls"),
+    "ema": dict(shapes=0.995, cifar10_quick=0.9995, others=0.999999, help="decay of the average"),
+    "precision": dict(shapes="fp32", others="auto", choices=("fp32", "bf16", "auto"),
+                      help="auto: bf16 where the hardware has it"),
+}
 
 
 def squared_l2(x, y):
@@ -70,12 +75,15 @@ def squared_l2(x, y):
 
 
 def pseudo_huber(x, y):
-    """D(x, y) = sqrt( |x - y|^2 + c^2 ) - c, c = 0.00054 sqrt(pixels): (B,). Song & Dhariwal, 2310.14189."""
+    """D(x, y) = sqrt( |x - y|^2 + c^2 ) - c: (B,), with the sum over pixels in |x - y|^2.
+
+    c = 0.00054 sqrt(pixels). Song & Dhariwal, 2310.14189.
+    """
     c = 0.00054 * math.sqrt(x[0].numel())
     return ((x - y).square().sum(dim=(1, 2, 3)) + c**2).sqrt() - c
 
 
-def first_step(net, z, labels=None):
+def first_velocity(net, z, labels=None):
     """v(z, EPS), the velocity at the start: (B, C, H, W). The student's one call."""
     return net(z, torch.full(z.shape[:1], EPS, device=z.device), labels)
 
@@ -83,7 +91,8 @@ def first_step(net, z, labels=None):
 def distill_loss(velocity, z, x, distance):
     """E D( z + v'(z, EPS), x ) on pairs: a scalar. Paper, Eq. 8.
 
-    velocity = v'(z, EPS), the student's first step; z, x: the pairs; all (B, C, H, W). distance(x, y): (B,)
+    velocity = v'(z, EPS), computed once for both losses; z, x: the pairs; all (B, C, H, W).
+    distance(x, y): (B,)
     """
     # D( z + v'(z, EPS), x )
     return distance(z + velocity, x).mean()
@@ -92,8 +101,8 @@ def distill_loss(velocity, z, x, distance):
 def guided_loss(velocity, flow, z, t, distance, labels=None):
     """E D( z + v'(z, EPS), x_t + (1 - t) v(x_t, t) ) on fresh noise: a scalar. Paper, Eqs. 11-13.
 
-    velocity = v'(z, EPS), the student's first step, and z: (B, C, H, W); t (B,); flow: v, not trained here.
-    Eq. 12 has v in x_t, too. We use v', which is there already and, says the paper, better.
+    velocity = v'(z, EPS) and z: (B, C, H, W); t (B,); flow: v, which is not trained here. Eq. 12
+    has v in x_t, too. We use v', which is there already and, the paper says, better.
     """
     with torch.no_grad():
         # x_t = z + t v'(z, EPS)
@@ -107,48 +116,58 @@ def guided_loss(velocity, flow, z, t, distance, labels=None):
 
 def main(cfg):
     device = start(cfg, "04 student")
-    require(cfg.t_low <= cfg.t_high <= 1, f"--t_low {cfg.t_low} --t_high {cfg.t_high}: the first must not be "
-            "above the second, nor the second above 1")
+    require(cfg.t_low <= cfg.t_high <= 1, f"--t_low {cfg.t_low} --t_high {cfg.t_high}: the first "
+            "must not be above the second, nor the second above 1")
 
-    # 1. The 2-rectified flow v, and the student v' that starts as its copy.
+    # 1. The flow v, and the student v' that starts as its copy, with its dropout.
     flow, artifact = load_network(cfg, "03_reflow.pt", device)
     student = copy.deepcopy(flow)
-    flow.requires_grad_(False)
     if cfg.start_from == "scratch":
         student = UNet(**flow.args, precision=cfg.precision).to(device)
-    say(f"student | {sum(p.numel() for p in student.parameters()):,} parameters, from {cfg.start_from}")
+        student.class_names = flow.class_names
+    flow.requires_grad_(False)
+    say(f"student | {sum(p.numel() for p in student.parameters()):,} parameters, "
+        f"from {cfg.start_from}")
 
     # 2. The distance D.
     if cfg.distance == "lpips":
         distance = load_lpips(device)
+    elif cfg.distance == "huber":
+        distance = pseudo_huber
     else:
-        distance = squared_l2 if cfg.distance == "l2" else pseudo_huber
+        distance = squared_l2
 
     # 3. Pairs: the teacher's, or the flow's own, made as in stage 02.
+    file = "02_pairs.pt"
     if cfg.pairs_from == "flow":
-        make_pairs = importlib.import_module("02_generate_pairs").make_pairs
-        make_pairs(cfg, "04_pairs.pt", flow, artifact["lineage"], cfg.n_pairs, cfg.pair_steps, OWN_PAIRS)
-    pairs = load(cfg, "04_pairs.pt" if cfg.pairs_from == "flow" else "02_pairs.pt")
+        file = "04_pairs.pt"
+        stage("02").make_pairs(cfg, file, flow, artifact["lineage"], cfg.n_pairs, cfg.pair_steps,
+                               OWN_PAIRS)
+    pairs = load(cfg, file)
     made_from = {**artifact["lineage"], **pairs["lineage"]}
     say(f"pairs | {len(pairs['x']):,} of the {cfg.pairs_from}'s")
 
-    # 4. Training: L_distill + guidance L_2step.
-    # The student answers for both noises in one call, (2B, 3, H, W); the flow is called once.
-    trainer = Trainer(cfg, "04 student", student, made_from, 2 * cfg.batch if cfg.guidance else cfg.batch)
+    # 4. Training: L_distill + guidance L_2step. The student answers for the pairs and for the fresh
+    # noise in one call, (2B, 3, H, W); the flow is called once. Pairs are not mirrored as in 03:
+    # what is new in each step is the noise of L_2step.
+    in_a_call = 2 * cfg.batch if cfg.guidance else cfg.batch
+    trainer = Trainer(cfg, "04 student", student, made_from, in_a_call)
     if cfg.guidance:
         flow = compiled(cfg, flow, cfg.steps - trainer.done, cfg.batch // WORLD)
     for step in trainer.steps():
         z, x, y = trainer.draw(pairs["z"], pairs["x"], pairs["labels"])
         z, x = z.float(), x.float()  # (B, 3, H, W)
         if cfg.guidance == 0:
-            trainer.update(distill_loss(first_step(trainer.net, z, y), z, x, distance))
+            trainer.update(distill_loss(first_velocity(trainer.net, z, y), z, x, distance))
             continue
-        z_new = torch.randn_like(z) if cfg.guide_from == "noise" else z
+        z_2step = torch.randn_like(z) if cfg.guide_from == "noise" else z
         y_both = None if y is None else torch.cat([y, y])
-        v_pairs, v_new = first_step(trainer.net, torch.cat([z, z_new]), y_both).chunk(2)
+        both = first_velocity(trainer.net, torch.cat([z, z_2step]), y_both)
+        v_pairs, v_2step = both.chunk(2)
         t = cfg.t_low + (cfg.t_high - cfg.t_low) * torch.rand(len(z), device=device)
         loss = distill_loss(v_pairs, z, x, distance)
-        trainer.update(loss + cfg.guidance * guided_loss(v_new, flow, z_new, t, distance, y))
+        loss = loss + cfg.guidance * guided_loss(v_2step, flow, z_2step, t, distance, y)
+        trainer.update(loss)
 
     # 5. Keep the averaged weights, and look at them: one call each.
     save_network(cfg, "04_student.pt", trainer.ema, made_from)
@@ -156,7 +175,7 @@ def main(cfg):
     say(f"wrote {cfg.folder}/04_student.pt, 04_samples.png | next: 05_eval_fid.py")
 
 
-# ----------------------------------------------------------------------------------------------------- LPIPS
+# ------------------------------------------------------------------------------------------- LPIPS
 # A transcription of a published network; nothing in it is needed to follow the method.
 
 VGG_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"  # 528 MB
@@ -169,32 +188,40 @@ LPIPS_SHA256 = "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868
 class LPIPS(nn.Module):
     """D(x, y), a learned perceptual distance (Zhang et al. 2018, 1801.03924): VGG16, version 0.1.
 
-    Maps x, y (B, 3, H, W) in [-1, 1] to (B,). VGG's features are made unit vectors at every position, and
-    their squared differences weighted by channel. The names of the weights are those of the published files.
+    Maps x, y (B, 3, H, W) in [-1, 1] to (B,). VGG's features are made unit vectors at every
+    position, and their squared differences are weighted by channel. The names of the weights are
+    those of the published files.
     """
-    WIDTHS = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512)  # of VGG16; 0: halve
-    TAPS = {3: 64, 8: 128, 15: 256, 22: 512, 29: 512}  # the layers that are compared, and their widths
+    GROUPS = (64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512)  # of VGG16
 
     def __init__(self):
         super().__init__()
         layers, c = [], 3
-        for width in self.WIDTHS:
-            layers += [nn.Conv2d(c, width, 3, padding=1), nn.ReLU()] if width else [nn.MaxPool2d(2)]
-            c = width or c
+        self.compared = []  # the layer at the end of each group
+        for i, widths in enumerate(self.GROUPS):
+            if i > 0:
+                layers.append(nn.MaxPool2d(2))
+            for width in widths:
+                layers += [nn.Conv2d(c, width, 3, padding=1), nn.ReLU()]
+                c = width
+            self.compared.append(len(layers) - 1)
+            weight = nn.Conv2d(c, 1, 1, bias=False)
+            model = nn.Sequential(nn.Dropout(), weight)
+            self.add_module(f"lin{i}", nn.ModuleDict({"model": model}))
         self.features = nn.Sequential(*layers)
-        for i, width in enumerate(self.TAPS.values()):
-            weight = nn.Conv2d(width, 1, 1, bias=False)
-            self.add_module(f"lin{i}", nn.ModuleDict({"model": nn.Sequential(nn.Dropout(), weight)}))
-        for name, values in (("shift", [-0.030, -0.088, -0.188]), ("scale", [0.458, 0.448, 0.450])):
-            self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
+        shift = torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1)
+        scale = torch.tensor([0.458, 0.448, 0.450]).view(3, 1, 1)
+        self.register_buffer("shift", shift, persistent=False)
+        self.register_buffer("scale", scale, persistent=False)
         self.requires_grad_(False).eval()
 
     def unit_features(self, x):
-        """Yields (B, C, h, w), of length 1 along C, for each of the five layers. Official code: at 64x64."""
-        h = (F.interpolate(x, (64, 64), mode="bilinear", align_corners=True) - self.shift) / self.scale
+        """Yields (B, C, h, w), of length 1 along C, for each group. Official code: at 64x64."""
+        x = F.interpolate(x, (64, 64), mode="bilinear", align_corners=True)
+        h = (x - self.shift) / self.scale
         for i, layer in enumerate(self.features):
             h = layer(h)
-            if i in self.TAPS:
+            if i in self.compared:
                 # Where all channels are 0, the root alone would have no gradient (0/0).
                 yield h / (h.square().sum(1, keepdim=True) + 1e-20).sqrt()
 
@@ -208,11 +235,14 @@ class LPIPS(nn.Module):
 
 def load_lpips(device):
     """LPIPS with the published weights. Raises UserError where they cannot be had."""
-    files = [download(url, sha256, "go without: --distance l2 or huber")
-             for url, sha256 in ((VGG_URL, VGG_SHA256), (LPIPS_URL, LPIPS_SHA256))]
-    vgg, linear = (torch.load(file, map_location="cpu", weights_only=True) for file in files)
+    weights, instead = {}, "go without: --distance l2 or huber"
+    for url, sha256 in ((VGG_URL, VGG_SHA256), (LPIPS_URL, LPIPS_SHA256)):
+        file = download(url, sha256, instead)
+        weights.update(torch.load(file, map_location="cpu", weights_only=True))
+    # VGG's file also holds the layers that name ImageNet's classes.
+    weights = {key: value for key, value in weights.items() if not key.startswith("classifier")}
     lpips = LPIPS()
-    lpips.load_state_dict({**{key: vgg[key] for key in vgg if key.startswith("features.")}, **linear})
+    lpips.load_state_dict(weights)
     return lpips.to(device)
 
 

@@ -10,7 +10,6 @@ grid does not vary. 05 has the same noise for all (--seed 0).
 Writes  extras/results/<grid>.json (all scores), .md (table and verdicts), .png; runs into <out>/ablations
 """
 import hashlib
-import importlib
 import json
 import math
 import os
@@ -27,11 +26,11 @@ from PIL import Image, ImageDraw
 
 RESULTS = Path(__file__).resolve().parent / "results"
 sys.path.insert(0, str(RESULTS.parent.parent))
+import common
 from common import (EPS, EVALUATION, euler, labels_for, load, load_network, noise_for, read_settings, require,
                     run, say, settings_of, start, writing)
 
-STAGES = {name[:2]: importlib.import_module(name) for name in (
-    "01_train_teacher", "02_generate_pairs", "03_annealing_reflow", "04_flow_guided_distill", "05_eval_fid")}
+STAGES = {number: common.stage(number) for number in ("01", "02", "03", "04", "05")}
 MADE = {"01": "01_teacher.pt", "02": "02_pairs.pt", "03": "03_reflow.pt", "04": "04_student.pt"}
 T_QUANTILE = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}  # Student's t, 97.5 %, n values
 # Name in a row of 05: (title, factor, sign of what is better, format). own, fresh: see add_errors().
@@ -39,11 +38,11 @@ SCORES = {"distance": ("FD-shapes", 1, -1, ".3f"), "named": ("named as asked, %"
           "own": ("error, own noise", 1, -1, ".4f"), "fresh": ("error, fresh noise", 1, -1, ".4f"),
           "bend": ("bend of its paths, %", 100, -1, ".2f"),
           "unknown": ("unknown at t = 0.5, %", 100, -1, ".1f")}
-SETTINGS = [  # name, its value for each preset, text
-    ("grid", *["all"] * 5, "ideas, paths, calls, precision, reflow, start, passes, distillation, time, pairs, size; all"),
-    ("seeds", *[5] * 5, "runs of each variant, with the seeds 0, 1, ..."),
-    ("jobs", *[0] * 5, "runs at a time; 0: one for each CPU core"),
-]
+SETTINGS = {
+    "grid": dict(others="all", help="one of those in grids()"),
+    "seeds": dict(others=5, help="runs of each variant, with the seeds 0, 1, ..."),
+    "jobs": dict(others=0, help="runs at a time; 0: one for each CPU core"),
+}
 
 
 class Run(NamedTuple):

@@ -28,12 +28,13 @@ from ablations import STAGES  # it makes common importable
 import common
 from common import PRESETS, Trainer, UNet, euler, noise_for, read_settings, require, run, say, start
 
-SETTINGS = [  # name, its value for each preset, text
-    ("quick", *[False] * 5, "two networks, on a GPU the large ones and 200 s at most"),
-    ("count", *[False] * 5, "count what every preset needs, and measure nothing"),
-    ("kind", *["all"] * 5, "of the rows", ("all", "fp32", "bf16", "bf16 compiled", "bf16 graphs")),
-    ("batch", *[0] * 5, "images per training step; 0: 128 on a GPU, 16 on a CPU"),
-]
+SETTINGS = {
+    "quick": dict(others=False, help="two networks, on a GPU the large ones and 200 s at most"),
+    "count": dict(others=False, help="count what every preset needs, and measure nothing"),
+    "kind": dict(others="all", choices=("all", "fp32", "bf16", "bf16 compiled", "bf16 graphs"),
+                 help="of the rows"),
+    "batch": dict(others=0, help="images per training step; 0: 128 on a GPU, 16 on a CPU"),
+}
 QUICK_SECONDS = 200  # what --quick may take on a GPU
 TFLOPS = 132  # an H200 in a training step, compiled with CUDA graphs (docs/speed.md)
 CELLS = ("network", "kind", "first step, s", "step of 03, ms", "img/s", "of the limit", "peak, GB",
@@ -128,7 +129,7 @@ def step_of_04(cfg, flow):
         next(steps)
         z, x = (part.float() for part in trainer.draw(*pairs))
         z_new = torch.randn_like(z)
-        velocities = s.first_step(trainer.net, torch.cat([z, z_new]))
+        velocities = s.first_velocity(trainer.net, torch.cat([z, z_new]))
         v_pairs, v_new = velocities.chunk(2)
         t = cfg.t_low + (cfg.t_high - cfg.t_low) * torch.rand(len(z), device=z.device)
         loss = s.distill_loss(v_pairs, z, x, distance)

@@ -16,7 +16,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import euler, labels_for, load_network, require, run, say, start, writing
 
-SETTINGS = [("steps", 1, 1, 1, 1, 1, "Euler steps: network calls for an image")]
+SETTINGS = {"steps": dict(others=1, help="Euler steps: network calls for an image")}
 
 
 class Generator(torch.nn.Module):

@@ -14,7 +14,6 @@ Reads   --checkpoint PATH
 Writes  out/<preset>/<--to>.pt; for an EDM network 02_pairs.pt, 02_pairs.png (05 then needs --reference)
 """
 import hashlib
-import importlib
 import math
 import pickle
 import re
@@ -24,19 +23,23 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import PAIRS, UNet, UserError, load, require, run, save_grid, save_network, say, start
+from common import (PAIRS, UNet, UserError, load, require, run, save_grid, save_network, say, stage,
+                    start)
 
-SETTINGS = [  # name, its value for each preset, text
-    ("checkpoint", *[""] * 5, "the published file"),
-    ("to", *["01_teacher"] * 5, "what it becomes", ("01_teacher", "03_reflow", "04_student")),
-    ("predicts", *["auto"] * 5, "auto: edm for a SongUNet", ("velocity", "edm", "auto")),
-    ("image_size", 0, 0, 0, 0, 0, "pixels, for an NCSN++; 0: the size whose attention is at 16x16"),
-    ("dropout", 0.0, 0.0, 0.0, 0.0, 0.0, "for training it further"),
-    ("data", "shapes", "cifar10", "cifar10", "ffhq-64x64.zip", "imagenet-64x64.zip", "its training images"),
-    ("n_pairs", 2048, 50_000, 50_000, 50_000, 200_000, "pairs, of an EDM network"),
-    ("sample_steps", 18, 18, 18, 18, 18, "Heun steps of each pair. EDM: 18"),
-    ("precision", *["fp32"] * 5, "of an EDM network", ("fp32", "bf16", "auto")),
-]
+SETTINGS = {
+    "checkpoint": dict(others="", help="the published file"),
+    "to": dict(others="01_teacher", choices=("01_teacher", "03_reflow", "04_student"),
+               help="what it becomes"),
+    "predicts": dict(others="auto", choices=("velocity", "edm", "auto"),
+                     help="auto: edm for a SongUNet"),
+    "image_size": dict(others=0, help="pixels, for an NCSN++; 0: the size whose attention is at 16x16"),
+    "dropout": dict(others=0.0, help="for training it further: that of the preset"),
+    "data": dict(shapes="shapes", ffhq64="ffhq-64x64.zip", imagenet64="imagenet-64x64.zip",
+                 others="cifar10", help="its training images"),
+    "n_pairs": dict(shapes=2048, imagenet64=200_000, others=50_000, help="of an EDM network"),
+    "sample_steps": dict(others=18, help="Heun steps of each pair. EDM: 18"),
+    "precision": dict(others="fp32", choices=("fp32", "bf16", "auto"), help="of an EDM network"),
+}
 
 
 def edm_slope(net, x, sigma, labels=None):
@@ -235,7 +238,7 @@ def main(cfg):
     # 2. An EDM network makes the pairs.
     if edm:
         require(cfg.to == "01_teacher", f"an EDM network is a teacher, not {cfg.to}: it predicts no velocity")
-        make_pairs, net.precision = importlib.import_module("02_generate_pairs").make_pairs, cfg.precision
+        make_pairs, net.precision = stage("02").make_pairs, cfg.precision
         make_pairs(cfg, "02_pairs.pt", net.to(device), made_from, cfg.n_pairs, cfg.sample_steps, PAIRS,
                    sampler=edm_heun)
         save_grid(cfg.folder / "02_pairs.png", load(cfg, "02_pairs.pt")["x"][:64].split(8))

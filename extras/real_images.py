@@ -23,15 +23,15 @@ from ablations import MADE, RESULTS, STAGES, made_with, make_all, stage  # it ma
 from common import (from_uint8, labels_for, load_images, load_network, require, run, samples, save_grid, say,
                     start)
 
-SETTINGS = [  # name, its value for each preset, text
-    ("data", *["cifar10"] * 5, "cifar10 (downloaded), or the path of a folder or zip with labels"),
-    ("named", *[""] * 5, "what the table calls the images; empty: --data"),
-    ("n_samples", *[2000] * 5, "images of each network that are measured"),
-    ("scale", *[1.0] * 5, "all steps and pairs times this: 1 is about an hour on 2 CPU cores"),
-    ("judge_steps", *[1500] * 5, "training steps of the classifier"),
-    ("seeds", *[1] * 5, "runs of everything, with the seeds 0, 1, ..."),
-    ("jobs", *[1] * 5, "runs at a time"),
-]
+SETTINGS = {
+    "data": dict(others="cifar10", help="cifar10 (downloaded), or the path of images with labels"),
+    "named": dict(others="", help="what the table calls the images; empty: --data"),
+    "n_samples": dict(others=2000, help="images of each network that are measured"),
+    "scale": dict(others=1.0, help="of all steps and pairs: 1 is about an hour on 2 CPU cores"),
+    "judge_steps": dict(others=1500, help="training steps of the classifier"),
+    "seeds": dict(others=1, help="runs of everything, with the seeds 0, 1, ..."),
+    "jobs": dict(others=1, help="runs at a time"),
+}
 NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 

@@ -5,7 +5,6 @@ small MLP takes the place of the U-Net. Losses, beta and Euler's method are the 
 """
 import copy
 import sys
-from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,10 +13,9 @@ import torch.nn as nn
 from PIL import Image, ImageDraw
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import euler, say
+from common import euler, say, stage
 
-teaching, reflow = import_module("01_train_teacher"), import_module("03_annealing_reflow")
-distill = import_module("04_flow_guided_distill")
+teaching, reflow, distill = stage("01"), stage("03"), stage("04")
 
 STEPS, BATCH, LR = 6000, 256, 2e-3  # of each network
 PAIRS, TEACHER_STEPS = 4096, 50
@@ -83,7 +81,7 @@ def chain():
     def loss_04(step):
         i, z_new = torch.randint(PAIRS, (BATCH,)), torch.randn(BATCH, 2, 1, 1)
         t = 0.2 + 0.6 * torch.rand(BATCH)
-        v, v_new = distill.first_step(student, z[i]), distill.first_step(student, z_new)
+        v, v_new = distill.first_velocity(student, z[i]), distill.first_velocity(student, z_new)
         return (distill.distill_loss(v, z[i], x[i], distill.squared_l2)
                 + distill.guided_loss(v_new, flow_ema, z_new, t, distill.squared_l2))
 

@@ -7,14 +7,13 @@ training drawings have a little noise, so that what the eye hardly sees does not
 Takes   a minute and a half on one CPU core
 """
 import sys
-from importlib import import_module
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import draw_shapes, fingerprint, from_uint8, require, save, say
+from common import draw_shapes, fingerprint, from_uint8, require, save, say, stage
 
 IMAGE_SIZE, STEPS, BATCH, LR, SEED = 16, 3000, 128, 3e-3, 0  # ours
 UNSEEN = 10**6  # the seed of the drawings that are only looked at
@@ -22,7 +21,7 @@ UNSEEN = 10**6  # the seed of the drawings that are only looked at
 
 def main():
     torch.manual_seed(SEED)
-    net = import_module("05_eval_fid").ShapeNet()
+    net = stage("05").ShapeNet()
     optimizer = torch.optim.Adam(net.parameters(), lr=LR)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, total_steps=STEPS)
     for step in range(STEPS):

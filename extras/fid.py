@@ -1,0 +1,65 @@
+"""The Frechet distance between any two sets of images, or from published statistics.
+
+    python extras/fid.py --images mine.zip --reference theirs/
+    python extras/fid.py --images mine.zip --reference cifar10-32x32.npz   # mu and sigma, as EDM's
+
+It is FID with Inception's published weights; --metric fd_shapes compares drawings.
+
+Reads   two folders or zips of images of one size, or one of them and an .npz with mu and sigma
+Writes  nothing: it prints the distance, and all that it depends on
+"""
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from common import UserError, load_images, require, run, say, stage, start
+
+SETTINGS = {
+    "images": dict(others="", help="a folder or zip"),
+    "reference": dict(others="", help="a folder or zip, or an .npz"),
+    "metric": dict(others="fid", choices=("fid", "fd_shapes"), help="the distance"),
+    "resize": dict(others="tf1", choices=("tf1", "pytorch_fid"), help="for FID. paper: tf1"),
+    "allow_few": dict(others=False, help="fewer images than features, too"),
+}
+
+
+def read_statistics(path):
+    """mu (D,) and sigma (D, D) from an .npz, as EDM publishes them. Raises UserError."""
+    try:
+        content = np.load(path, allow_pickle=False)
+        return torch.from_numpy(content["mu"]).double(), torch.from_numpy(content["sigma"]).double()
+    except Exception as error:  # a damaged file can fail in many ways
+        raise UserError(f"{path} is no .npz with mu and sigma that can be read: {error}") from error
+
+
+def main(cfg):
+    require(cfg.images and cfg.reference, "give --images and --reference")
+    device, evaluation = start(cfg, "fid"), stage("05")
+    features_of, fc, metric, weights = evaluation.feature_network(cfg, device)
+    gaussians, shapes, dimensions = [], [], fc.in_features
+    for source in (cfg.images, cfg.reference):
+        if source.endswith(".npz"):
+            gaussians.append(read_statistics(source))
+            require(len(gaussians[-1][0]) == dimensions, f"{source} has not {dimensions} features")
+            continue
+        images = load_images(source, None)[0]
+        require(len(images) >= dimensions or cfg.allow_few, f"{len(images)} images are fewer than "
+                f"the {dimensions} features of {metric}, which makes the distance too large. Take "
+                "more, or --allow_few")
+        shapes.append(images.shape[1:])
+        require(shapes[-1] == shapes[0], f"{source} holds images of another size than {cfg.images}: "
+                "bring them to one size first")
+        parts = images.split(evaluation.BATCH)
+        batches = (features_of(part.to(device)) for part in parts)
+        gaussians.append(evaluation.gaussian(batches, dimensions))
+    distance = evaluation.frechet_distance(*gaussians[0], *gaussians[1])
+    resize = f", resize {cfg.resize}" if metric == "FID" else ""
+    say(f"{metric} {distance:.3f} | {cfg.images}, {cfg.reference}, weights {weights[:16]}{resize}")
+    return distance
+
+
+if __name__ == "__main__":
+    run(main, SETTINGS, __doc__)
