@@ -32,8 +32,8 @@ Takes   shapes: half a minute on 2 CPU cores (AMD EPYC, torch 2.13)
 """
 import torch
 
-from common import (EPS, Trainer, UNet, fingerprint, from_uint8, load_images, require, run, samples,
-                    save_grid, save_network, say, start)
+from common import (EPS, Trainer, UNet, fingerprint, from_uint8, load_data, require, run, samples, save_grid,
+                    save_network, say, start)
 
 SETTINGS = [
     # name          shapes     cifar10_quick  cifar10       ffhq64        imagenet64
@@ -88,21 +88,23 @@ def flow_loss(net, z, x, t, labels=None):
 def main(cfg):
     device = start(cfg, "01 teacher")
 
-    # 1. All images, uint8 (N, 3, H, W), and their labels.
-    images, labels = load_images(cfg.data, cfg.image_size)
+    # 1. All images, uint8 (N, 3, H, W), their labels, and the names of the classes.
+    images, labels, names = load_data(cfg.data, cfg.image_size)
     made_from, classes = {"data": fingerprint(images)}, 0
     if cfg.conditional:
         require(labels is not None, f"--conditional needs labels, and {cfg.data} has none")
-        made_from["labels"], classes = fingerprint(labels), int(labels.max()) + 1
-        absent = sorted(set(range(classes)) ^ set(labels.tolist()))
-        require(not absent, f"{cfg.data} has labels up to {classes - 1}, no images of class {absent[:10]}. A "
+        numbers = set(labels.tolist())
+        made_from["labels"], classes = fingerprint(labels), len(numbers)
+        absent = [number for number in range(classes) if number not in numbers]
+        require(not absent, f"{cfg.data} has labels up to {max(numbers)}, no images of class {absent[:10]}. A "
                 "class without images cannot be learned: number the classes from 0, without gaps")
-    say(f"data | {len(images):,} images from {cfg.data}, {classes} classes")
+        require(not names or classes <= len(names), f"{cfg.data} has {classes} classes, {len(names)} names")
 
     # 2. The network.
     net = UNet(cfg.image_size, 3, cfg.base, cfg.mult, cfg.blocks, cfg.attn, classes, cfg.dropout,
                cfg.precision).to(device)
-    say(f"teacher | {sum(p.numel() for p in net.parameters()):,} parameters")
+    net.class_names = names[:classes]
+    say(f"teacher | {sum(p.numel() for p in net.parameters()):,} parameters, {classes or 'no'} classes")
 
     # 3. Training.
     trainer = Trainer(cfg, "01 teacher", net, made_from)

@@ -91,7 +91,8 @@ def make_pairs(cfg, name, net, made_from, n, steps, first_index, sampler=euler):
             mapped = torch.from_file(str(parts / key), size=n * math.prod(shape), dtype=torch.half)
             arrays[key] = mapped.view(n, *shape)
         save(path, preset=cfg.preset, settings=settings_of(cfg), id=fingerprint(arrays["z"], arrays["x"]),
-             made_from=made_from, made=made, **arrays, labels=labels, network=net.args)
+             made_from=made_from, made=made, **arrays, labels=labels, network=net.args,
+             class_names=net.class_names)
         shutil.rmtree(parts)
     wait_for_all()
 

@@ -107,6 +107,7 @@ def main(cfg):
     else:
         net = UNet(size, 3, cfg.base, cfg.mult, cfg.blocks, cfg.attn, classes, cfg.dropout, cfg.precision)
         net.to(device)
+        net.class_names = pairs.get("class_names", [])
     say(f"small network | {sum(p.numel() for p in net.parameters()):,} parameters")
 
     # 3. Training, while beta falls.

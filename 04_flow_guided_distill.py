@@ -115,6 +115,7 @@ def main(cfg):
     student = copy.deepcopy(flow)
     if cfg.start_from == "scratch":
         student = UNet(**flow.args, precision=cfg.precision).to(device)
+        student.class_names = flow.class_names
     say(f"student | {sum(p.numel() for p in student.parameters()):,} parameters, from {cfg.start_from}")
 
     # 2. The distance D.

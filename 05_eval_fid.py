@@ -11,8 +11,8 @@ the number of images change it: they are printed below the table, and only equal
 `shapes` F is a small classifier of drawings, the judge: its distance is FD-shapes, comparable with nothing
 but itself. The judge also says how often it finds the class that was asked for ("red triangle"): named as
 asked. All networks are judged by images made from the same noises, which nothing was trained on. --images SET
---reference SET measures any images. --png N only writes images, as files; --label "red triangle" (or a class
-number) says of what.
+--reference SET measures any images. --png N only writes images, as files; --label "red triangle" says of what
+(a class has a number where it has no name).
 
 Reads   out/<preset>/01_teacher.pt, 03_reflow.pt, 04_student.pt; the teacher's data; Inception's weights
 Writes  out/<preset>/05_results.md, 05_results.json, 05_samples.png; with --only NAME 05_NAME.*, with
@@ -113,10 +113,9 @@ def quantise(x, rounding):
     return to_uint8(x) if rounding == "round" else ((x.clamp(-1, 1) + 1) / 2 * 255).to(torch.uint8)
 
 
-def class_names(cfg, net):
-    """The names of the network's classes: those of the drawings, or numbers; none if it has no classes."""
-    numbers = [str(i) for i in range(net.args["classes"])]
-    return CLASSES if cfg.metric == "fd_shapes" and numbers else numbers
+def class_names(net):
+    """The names of the network's classes, numbers if they have none. Empty for a network without classes."""
+    return net.class_names or [str(i) for i in range(net.args["classes"])]
 
 
 def make_images(net, cfg, n, steps, labels):
@@ -130,10 +129,11 @@ def make_images(net, cfg, n, steps, labels):
 
 def write_png(cfg, key, net, steps):
     """Writes cfg.png images as 05_<key>_images/000000.png ..., and the first of them as a grid."""
-    folder, names = cfg.folder / f"05_{key}_images", class_names(cfg, net)
+    folder, names = cfg.folder / f"05_{key}_images", class_names(net)
     labels = labels_for(cfg.seed, cfg.png, len(names))
     if cfg.label:
-        require(cfg.label in names, f"--label {cfg.label}: the {key} knows {', '.join(names) or 'no labels'}")
+        known = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
+        require(cfg.label in names, f"--label {cfg.label}: the {key} knows {known or 'no labels'}")
         labels = torch.full((cfg.png,), names.index(cfg.label))
     if RANK == 0:
         for old in folder.glob("[0-9]*.png"):  # of an earlier run
@@ -228,7 +228,7 @@ def main(cfg):
         protocol["reference_id"] = fingerprint(mu, sigma)
 
     # 4. A row of the table for each set of images. In the picture a column has one noise and one request.
-    rows, pictures, names = [], {}, class_names(cfg, networks[0][1]) if networks else []
+    rows, pictures, names = [], {}, class_names(networks[0][1]) if networks else []
     requests = torch.tensor([7 * i % len(names) for i in range(12)]) if names else None
     if given is not None:
         networks.insert(0, (cfg.images or "real", None, None))

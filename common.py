@@ -19,14 +19,17 @@ import contextlib
 import copy
 import datetime
 import hashlib
+import io
 import json
 import math
 import os
+import re
 import signal
 import sys
 import tarfile
 import time
 import zipfile
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -212,7 +215,7 @@ def save_network(cfg, name, net, made_from):
     if RANK == 0:
         weights = {key: value.cpu() for key, value in net.state_dict().items()}
         save(cfg.folder / name, id=fingerprint(*weights.values()), made_from=made_from, preset=cfg.preset,
-             settings=settings_of(cfg), network=net.args, weights=weights)
+             settings=settings_of(cfg), network=net.args, class_names=net.class_names, weights=weights)
 
 
 def load_network(cfg, name, device):
@@ -220,6 +223,7 @@ def load_network(cfg, name, device):
     artifact = load(cfg, name)
     net = UNet(**artifact["network"], precision=cfg.precision).to(device).eval()
     net.load_state_dict(artifact["weights"])
+    net.class_names = artifact.get("class_names", [])
     return net, artifact
 
 
@@ -244,7 +248,8 @@ def save_grid(path, rows, titles=(), columns=()):
     canvas = Image.new("RGB", (len(rows[0]) * cell + 2, top + len(rows) * (cell + bar) + 2), "white")
     draw = ImageDraw.Draw(canvas)
     for i, column in enumerate(columns):  # "red circle" in two lines
-        draw.text((i * cell + 4, 2), column.replace(" ", "\n"), "black", font_size=12)
+        words = [word[:cell // 6] for word in column.split()[:2]]  # as much as there is room for
+        draw.text((i * cell + 4, 2), "\n".join(words), "black", font_size=12)
     for r, row in enumerate(rows):
         y = top + r * (cell + bar)
         draw.text((4, y + 2), titles[r] if titles else "", "black", font_size=12)
@@ -259,6 +264,11 @@ def save_grid(path, rows, titles=(), columns=()):
 # ------------------------------------------------------------------------------------------------------ data
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"  # 170 MB: the version without pickles
 CIFAR10_SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
+CIFAR10_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
+IMAGE_FILES = (".png", ".jpg", ".jpeg", ".webp")
+FOOTER = 1000  # bytes of JSON, at the end of a file of decoded images
+# Hidden files and folders (".." too), what macOS adds to a zip, and the entries of a zip that are folders.
+HIDDEN = re.compile(r"(^|/)(\.|__MACOSX/)|/$")
 SHAPES = ("circle", "square", "triangle")
 COLOURS = {"red": (230, 60, 50), "yellow": (235, 205, 60), "green": (70, 190, 80),
            "cyan": (70, 195, 215), "blue": (70, 100, 235), "magenta": (215, 80, 205)}
@@ -311,19 +321,42 @@ def draw_shapes(n, image_size, seed=0):
 
 
 def load_images(source, image_size):
-    """A data set: images uint8 (N, 3, H, W), and labels int64 (N,) or None. UserError names a wrong file.
+    """The images and labels of load_data()."""
+    return load_data(source, image_size)[:2]
+
+
+def load_data(source, image_size):
+    """A data set: images uint8 (N, 3, H, W), labels int64 (N,) or None, the names of the classes (or []).
 
     source: "shapes" (drawn), "cifar10" (downloaded), or a path: of CIFAR-10's binary version (.tar.gz), or
-    of images, a folder or zip. Labels are those of dataset.json, {"labels": [["a/0.png", 3], ...]}, or a
-    number for each folder. Images are cropped and resized to image_size; with None all must have one size.
+    of images, a folder or zip (docs/images.md). Images are cropped and resized to image_size; with None all
+    must have one size. Prints a line that says what was read. UserError names the files that are wrong.
     """
+    notes = ""
     if source == "shapes":
-        return draw_shapes(16_384, image_size or 16)
-    path = download(CIFAR10_URL, CIFAR10_SHA256, "give a path") if source == "cifar10" else Path(source)
-    require(path.exists(), f"{path} does not exist: --data is shapes, cifar10, or a folder or zip of images")
-    if not path.name.endswith(".tar.gz"):
-        return read_files(path, image_size)
-    # CIFAR-10's binary version: 5 x 10,000 records of a label byte and 3,072 pixel bytes.
+        images, labels = draw_shapes(16_384, image_size or 16)
+        names = CLASSES
+    elif source == "cifar10" or str(source).endswith(".tar.gz"):
+        images, labels = read_cifar10(source, image_size)
+        names = CIFAR10_CLASSES
+    else:
+        images, labels, names, notes = read_files(Path(source).expanduser(), image_size)
+    line = f"data | {len(images):,} images of {images.shape[3]}x{images.shape[2]} from {source}{notes}"
+    if labels is not None:
+        counts = Counter(sorted(labels.tolist()))
+        known = dict(enumerate(names))
+        sizes = ", ".join(f"{known.get(label, label)} {n:,}" for label, n in counts.items())
+        if len(counts) > 20:
+            sizes = f"{min(counts.values()):,} to {max(counts.values()):,} images each"
+        line += f" | {len(counts):,} classes: {sizes}"
+    say(line)
+    return images, labels, names
+
+
+def read_cifar10(path, image_size):
+    """(images, labels) of CIFAR-10's binary version: 5 x 10,000 records of a label byte and 3,072 pixels."""
+    if path == "cifar10":
+        path = download(CIFAR10_URL, CIFAR10_SHA256, "give a path")
     require(image_size in (None, 32), f"{path} holds 32x32 images: set --image_size 32, not {image_size}")
     try:
         with tarfile.open(path) as archive:  # nothing is unpacked to the disk
@@ -336,56 +369,144 @@ def load_images(source, image_size):
 
 
 def read_files(path, image_size):
-    """load_images for a folder or zip: decoded once into data/cache, then memory-mapped."""
-    # 1. The files, and what changes when they do: sizes, and checksums or dates.
-    require(path.is_dir() or zipfile.is_zipfile(path), f"{path} is neither a folder nor a zip")
-    root = path if path.is_dir() else zipfile.Path(path)
-    if path.is_dir():
-        stats = {file.relative_to(path).as_posix(): file.stat() for file in path.rglob("*") if file.is_file()}
-        files = {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
-    else:
-        files = {info.filename: (info.file_size, info.CRC) for info in root.root.infolist()}
-    names = [name for name in sorted(files) if name.lower().endswith((".png", ".jpg", ".jpeg", ".webp"))
-             and not name.rpartition("/")[2].startswith(".")]
-    require(names, f"{path} holds no .png, .jpg, .jpeg or .webp files")
+    """load_data() for a folder or zip, and notes for its line. What is rare is left to prepare_images.py."""
+    # 1. The files, under names like cat/1.png.
+    files, read_bytes = list_files(path)
+    names = sorted(name for name in files if name.lower().endswith(IMAGE_FILES))
+    others = files.keys() - {"dataset.json", *names}
+    left_out = listed(Counter(os.path.splitext(name)[1].lower() or "without a suffix" for name in others))
+    prepare = f"python extras/prepare_images.py {path} new.zip"
+    require(names, f"{path} holds no {', '.join(IMAGE_FILES)} (left out: {left_out}). {prepare} reads more")
 
-    # 2. Labels.
-    labels, folders = None, sorted({name.rpartition("/")[0] for name in names})
+    # 2. The labels: those of dataset.json, or the folders.
+    labels, classes = class_folders(names)
+    below = [name for name in files if name.endswith("/dataset.json")]
+    require(not below, f"{path}: {below[:1]} is not at the top. {prepare} reads it there")
     if "dataset.json" in files:
         try:
-            given = dict(json.loads((root / "dataset.json").read_bytes())["labels"] or {})
-            labels = torch.tensor([given[name] for name in names]) if given else None
-        except (KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
-            raise UserError(f"{path}: dataset.json must name the labels of all images ({error})") from error
-    elif len(folders) > 1:
-        labels = torch.tensor([folders.index(name.rpartition("/")[0]) for name in names])
+            dataset = json.loads(read_bytes(files["dataset.json"]))
+            given = dict(dataset["labels"] or [])
+            labels, classes = None, []
+            if given:
+                classes = list(map(str, dataset.get("classes") or []))
+                numbers = torch.tensor([given[name] for name in names])
+                labels = numbers.long()
+                require(labels.ndim == 1 and (labels == numbers).all(), "a label is not a whole number")
+                require(len(given) == len(dataset["labels"]), "an image is named twice")
+        except Exception as error:  # it can be wrong in many ways
+            raise UserError(f"{path}: dataset.json must give a whole number to all images, as in "
+                            f'{{"labels": [["a/0.png", 3], ...]}} ({error!r}). {prepare} reads more '
+                            "forms") from error
 
-    # 3. The pixels.
-    def pixels(name):
-        try:
-            with (root / name).open("rb") as file, Image.open(file, formats=("PNG", "JPEG", "WEBP")) as image:
-                image = ImageOps.exif_transpose(image)  # a phone's photo may lie on its side, and says so
-            if image.mode.startswith("I"):  # 16-bit grey
-                image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
-            image = image.convert("RGB")
-            if image_size:  # the centre square, resized
-                image = ImageOps.fit(image, (image_size, image_size), Image.LANCZOS)
-            return np.asarray(image).transpose(2, 0, 1)
-        except Exception as error:  # so can a damaged image
-            raise UserError(f"{path}: {name} is no usable PNG, JPEG or WebP image ({error})") from error
-
-    version = repr((str(path.resolve()), image_size, sorted(files.items()))).encode()
-    cache, shape = Path("data/cache", hashlib.sha256(version).hexdigest()[:16]), pixels(names[0]).shape
-    if RANK == 0 and not cache.exists():
+    # 3. The pixels: decoded once, into a file whose name changes with the images, and mapped from there.
+    sources = [files[name] for name in names] if path.is_dir() else [path]
+    stamps = [(stat.st_size, stat.st_mtime_ns) for stat in map(os.stat, sources)]
+    version = repr((str(path.resolve()), image_size, names, stamps)).encode()
+    cache = Path("data/cache", hashlib.sha256(version).hexdigest()[:16])
+    if RANK == 0 and not read_footer(cache):
         say(f"reading {len(names):,} images from {path} into {cache}")
-        with writing(cache) as file:
-            for name in names:
-                image = pixels(name)
-                require(image.shape == shape, f"{path}: {name} is {image.shape}, and {names[0]} is {shape}")
-                file.write(image.tobytes())
+        own, shape, bad = f"{cache}.{os.urandom(4).hex()}", None, []  # another run may be writing the same
+        with writing(own) as file:
+            changed = Counter()
+            for name in names:  # one at a time. Threads were not faster: most of the time is Python's
+                try:
+                    image, changes = read_image(read_bytes(files[name]), image_size)
+                    shape = shape or image.shape
+                    require(image.shape == shape, f"is {image.shape}, and {names[0]} is {shape}")
+                except Exception as error:  # an image can be damaged in many ways
+                    bad.append(f"{name} ({str(error).partition(' <')[0]})")
+                else:
+                    file.write(image.tobytes())
+                    changed.update(changes)
+            more = f" and {len(bad) - 10:,} more" if len(bad) > 10 else ""
+            require(not bad, f"{path}: {len(bad):,} of {len(names):,} images cannot be read: "
+                    f"{', '.join(bad[:10])}{more}. Remove them, or {prepare} leaves them out")
+            file.write(json.dumps([[len(names), *shape], listed(changed)]).encode().ljust(FOOTER))
+        os.replace(own, cache)
     wait_for_all()
-    images = torch.from_file(str(cache), size=len(names) * math.prod(shape), dtype=torch.uint8)
-    return images.view(len(names), *shape), labels
+    shape, changed = read_footer(cache)
+    images = torch.from_file(str(cache), size=math.prod(shape), dtype=torch.uint8).view(shape)
+    return images, labels, classes, f" | changed: {changed} | left out: {left_out}"
+
+
+def list_files(path):
+    """{name: file} of a folder or zip, and the function that reads such a file."""
+    require(path.exists(), f"{path} does not exist: --data is shapes, cifar10, or a folder or zip of images")
+    if path.is_dir():
+        found = [(file.relative_to(path).as_posix(), file) for file in files_below(path)]
+        read_bytes = Path.read_bytes
+    else:
+        try:
+            archive = zipfile.ZipFile(path)
+        except zipfile.BadZipFile as error:
+            raise UserError(f"{path} is neither a folder nor a zip of images: {error}") from error
+        found = [(entry.filename.replace("\\", "/"), entry) for entry in archive.infolist()]
+        read_bytes = archive.read
+    files = {}
+    for name, file in found:
+        require(name not in files, f"{path} holds two files named {name}. Remove one")
+        if not HIDDEN.search(name):
+            files[name] = file
+    return files, read_bytes
+
+
+def files_below(folder):
+    """Yields the files in a folder and in those below. Links are followed, but not back to a folder above."""
+    for path in folder.iterdir():
+        if not path.is_dir():
+            yield path
+        elif not any(path.samefile(above) for above in path.parents):
+            yield from files_below(path)
+
+
+def class_folders(names):
+    """(labels int64 (N,), names of the classes) of files: each folder is a class. One folder: (None, [])."""
+    folders = [os.path.dirname(name) or "." for name in names]
+    classes = sorted(set(folders))
+    if len(classes) < 2:
+        return None, []
+    if all(map(str.isdecimal, classes)):
+        classes.sort(key=int)  # 2 before 10
+    number = {folder: i for i, folder in enumerate(classes)}
+    return torch.tensor([number[folder] for folder in folders]), classes
+
+
+def read_image(content, image_size):
+    """(uint8 (3, H, W), what was changed: a list) from the bytes of a file. Raises errors of many kinds."""
+    with Image.open(io.BytesIO(content), formats=("PNG", "JPEG", "WEBP")) as image:
+        image = ImageOps.exif_transpose(image)  # a phone's photo may lie on its side, and says so
+    require(not image.mode.startswith("I"), "16-bit grey")
+    changes = []
+    if Image.getmodebase(image.mode) == "L":
+        changes.append("grey")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        if image.getextrema()[3][0] < 255:
+            changes.append("transparent (composited on white)")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert("RGB")
+    if image_size:
+        if image.width != image.height:
+            changes.append("cropped to the centre square")
+        if min(image.size) < image_size:
+            changes.append("enlarged")
+        image = ImageOps.fit(image, (image_size, image_size), Image.LANCZOS)
+    return np.asarray(image).transpose(2, 0, 1), changes
+
+
+def read_footer(cache):
+    """[shape of the images, what was changed], the end of a cache file; None if the file is not whole."""
+    try:
+        with open(cache, "rb") as file:
+            file.seek(-FOOTER, os.SEEK_END)
+            return json.loads(file.read())
+    except (OSError, ValueError):
+        return None
+
+
+def listed(counts):
+    """The most frequent of a Counter, as text: 30 .bmp, 5 .gif."""
+    return ", ".join(f"{n:,} {name}" for name, n in counts.most_common(9)) or "nothing"
 
 
 # ----------------------------------------------------------------------------------------------------- U-Net
@@ -475,6 +596,7 @@ class UNet(nn.Module):
         self.args = dict(image_size=image_size, channels=channels, base=base, mult=tuple(mult), blocks=blocks,
                          attn=tuple(attn), classes=classes, dropout=dropout)
         self.precision, smallest = precision, image_size / 2 ** (len(mult) - 1)
+        self.class_names = []  # filled by whoever knows them
         require(base >= 4 and blocks and min(mult) >= 1 and dropout < 1,
                 "a network needs base >= 4, blocks >= 1, mult >= 1, dropout < 1")
         require(smallest and smallest.is_integer(), f"image_size {image_size} cannot be halved for {mult=}")
