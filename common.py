@@ -268,7 +268,7 @@ CIFAR10_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".
 IMAGE_FILES = (".png", ".jpg", ".jpeg", ".webp")
 FOOTER = 1000  # bytes of JSON, at the end of a file of decoded images
 # Hidden files and folders (".." too), what macOS adds to a zip, and the entries of a zip that are folders.
-HIDDEN = re.compile(r"(^|/)(\.|__MACOSX/)|/$")
+HIDDEN = re.compile(r"(^|/)(\.[^/]|__MACOSX/)|/$")
 SHAPES = ("circle", "square", "triangle")
 COLOURS = {"red": (230, 60, 50), "yellow": (235, 205, 60), "green": (70, 190, 80),
            "cyan": (70, 195, 215), "blue": (70, 100, 235), "magenta": (215, 80, 205)}
@@ -414,7 +414,7 @@ def read_files(path, image_size):
                     shape = shape or image.shape
                     require(image.shape == shape, f"is {image.shape}, and {names[0]} is {shape}")
                 except Exception as error:  # an image can be damaged in many ways
-                    bad.append(f"{name} ({str(error).partition(' <')[0]})")
+                    bad.append(f"{name} ({str(error).partition(' <_io')[0]})")
                 else:
                     file.write(image.tobytes())
                     changed.update(changes)

@@ -86,7 +86,7 @@ def main():
                 require(not numbers or numbers.get(name) is not None, "its label is not a whole number")
                 pixels, changes = read_image(as_png(read_bytes(files[name])), cfg.image_size)
             except Exception as error:  # an image can be damaged in many ways
-                bad.append(f"{name} ({str(error).partition(' <')[0]})")
+                bad.append(f"{name} ({str(error).partition(' <_io')[0]})")
                 continue
             buffer, new = io.BytesIO(), f"{len(labels):06}.png"
             Image.fromarray(pixels.transpose(1, 2, 0)).save(buffer, "PNG")
