@@ -104,23 +104,27 @@ def flow_loss(net, z, x, t, labels=None):
 def main(cfg):
     device = start(cfg, "01 teacher")
 
-    # 1. All images, uint8 (N, 3, H, W), and their labels (N,).
-    images, labels, class_names = load_data(cfg.data, cfg.image_size)
-    made_from = {"data": fingerprint(images)}
+    # 1. All images, uint8 (N, 3, H, W), their labels (N,), and the names of the classes.
+    images, labels, names = load_data(cfg.data, cfg.image_size)
+    made_from, classes = {"data": fingerprint(images)}, 0
     if cfg.conditional:
         require(labels is not None, f"--conditional needs labels, and {cfg.data} has none")
-        absent = set(range(len(class_names))) - set(labels.tolist())
-        require(not absent, f"{cfg.data} has no images of the classes {sorted(absent)[:10]}. They "
-                "cannot be learned: number the classes from 0, without gaps")
         made_from["labels"] = fingerprint(labels)
+        numbers = set(labels.tolist())
+        classes = len(numbers)
+        absent = [number for number in range(classes) if number not in numbers]
+        require(not absent, f"{cfg.data} has labels up to {max(numbers)}, no images of class "
+                f"{absent[:10]}. A class without images cannot be learned: leave no gaps")
+        require(not names or len(names) >= classes,
+                f"{cfg.data} has {classes} classes, but {len(names)} names for them")
     else:
-        labels, class_names = None, []
+        labels = None
 
     # 2. The network.
-    net = UNet(cfg.image_size, 3, cfg.base, cfg.mult, cfg.blocks, cfg.attn, len(class_names),
-               cfg.dropout, cfg.precision).to(device)
-    net.class_names = class_names
-    say(f"teacher | {sum(p.numel() for p in net.parameters()):,} parameters")
+    net = UNet(cfg.image_size, 3, cfg.base, cfg.mult, cfg.blocks, cfg.attn, classes, cfg.dropout,
+               cfg.precision).to(device)
+    net.class_names = names[:classes]
+    say(f"teacher | {sum(p.numel() for p in net.parameters()):,} parameters, {classes} classes")
 
     # 3. Training.
     trainer = Trainer(cfg, "01 teacher", net, made_from)

@@ -22,7 +22,6 @@ import copy
 import datetime
 import hashlib
 import importlib
-import json
 import math
 import os
 import signal
@@ -30,6 +29,7 @@ import sys
 import tarfile
 import time
 import zipfile
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +37,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw
 
 try:
     import fcntl
@@ -337,7 +337,8 @@ def compiled(cfg, net, calls, batch, training=False):
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # compilers fail in many ways
-        say(f"not compiled, so slower: {str(error).splitlines()[0]}")
+        reason = (str(error) or repr(error)).splitlines()[0]
+        say(f"not compiled, so slower: {reason}")
         return net
     say(f"compiled in {time.monotonic() - began:.0f} s")
     return fast
@@ -541,12 +542,13 @@ class Trainer:
 
 
 # -------------------------------------------------------------------------- images and their labels
-CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"  # 170 MB: the version without pickles
+CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"  # 170 MB; has no pickles
 CIFAR10_SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
+CIFAR10_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
 SHAPES = ("circle", "square", "triangle")
 COLOURS = {"red": (230, 60, 50), "yellow": (235, 205, 60), "green": (70, 190, 80),
            "cyan": (70, 195, 215), "blue": (70, 100, 235), "magenta": (215, 80, 205)}
-CLASSES = [f"{colour} {shape}" for shape in SHAPES for colour in COLOURS]  # of `shapes`; a label is an index
+CLASSES = [f"{colour} {shape}" for shape in SHAPES for colour in COLOURS]  # a label is an index
 
 
 def from_uint8(images):
@@ -554,15 +556,11 @@ def from_uint8(images):
 
 
 def to_uint8(images):
-    return (images.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)  # -1..1, clipped -> 0..255
-
-
-
-
+    return (images.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)  # clipped
 
 
 def draw_shapes(n, image_size, seed=0):
-    """n drawings, the same for a seed: images uint8 (n, 3, H, W), labels int64 (n,), numbers of CLASSES."""
+    """n drawings, the same for a seed: images uint8 (n, 3, H, W), labels int64 (n,) of CLASSES."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(len(CLASSES), size=n)
     radius = rng.uniform(0.18, 0.34, size=n)  # in units of the image's side
@@ -590,93 +588,61 @@ def draw_shapes(n, image_size, seed=0):
     return torch.from_numpy(images), torch.from_numpy(labels)
 
 
+def load_images(source, image_size):
+    """The images and labels of load_data()."""
+    return load_data(source, image_size)[:2]
+
+
 def load_data(source, image_size):
-    images, labels = load_images(source, image_size)
-    names = []
+    """A data set: images uint8 (N, 3, H, W), labels int64 (N,) or None, names of the classes or [].
+
+    source: "shapes" (drawn), "cifar10" (downloaded), or a path: of CIFAR-10's binary version
+    (.tar.gz), or of images, a folder or zip (docs/images.md). Images are cropped and resized to
+    image_size; with None all must have one size. Prints a line that says what was read. Raises
+    UserError, which names the files that are wrong.
+    """
+    notes = ""
+    if source == "shapes":
+        images, labels = draw_shapes(16_384, image_size or 16)
+        names = CLASSES
+    elif source == "cifar10" or str(source).endswith(".tar.gz"):
+        images, labels = read_cifar10(source, image_size)
+        names = CIFAR10_CLASSES
+    else:
+        from extras.image_files import read_files  # long, and nothing in it is about the method
+        images, labels, names, notes = read_files(Path(source).expanduser(), image_size)
+    height, width = images.shape[2:]
+    line = f"data | {len(images):,} images of {width}x{height} from {source}{notes}"
     if labels is not None:
-        names = [str(i) for i in range(int(labels.max()) + 1)]
-        if source == 'shapes':
-            names = CLASSES
+        counts = Counter(labels.tolist())
+        sizes = f"{min(counts.values()):,} to {max(counts.values()):,} images each"
+        if len(counts) <= 20:
+            known = dict(enumerate(names))
+            sizes = ", ".join(f"{known.get(y, y)} {n:,}" for y, n in sorted(counts.items()))
+        line += f" | {len(counts):,} classes: {sizes}"
+    say(line)
     return images, labels, names
 
 
-def load_images(source, image_size):
-    """A data set: images uint8 (N, 3, H, W), and labels int64 (N,) or None. UserError names a wrong file.
+def read_cifar10(path, image_size):
+    """(images, labels) of CIFAR-10's binary version, in files of 10,000 records.
 
-    source: "shapes" (drawn), "cifar10" (downloaded), or a path: of CIFAR-10's binary version (.tar.gz), or
-    of images, a folder or zip. Labels are those of dataset.json, {"labels": [["a/0.png", 3], ...]}, or a
-    number for each folder. Images are cropped and resized to image_size; with None all must have one size.
+    A record is a label byte and 3,072 pixel bytes.
     """
-    if source == "shapes":
-        return draw_shapes(16_384, image_size or 16)
-    path = download(CIFAR10_URL, CIFAR10_SHA256, "give --data the path of a zip or folder of "
-                    "its images") if source == "cifar10" else Path(source)
-    require(path.exists(), f"{path} does not exist: --data is shapes, cifar10, or a folder or zip of images")
-    if not path.name.endswith(".tar.gz"):
-        return read_files(path, image_size)
-    # CIFAR-10's binary version: 5 x 10,000 records of a label byte and 3,072 pixel bytes.
-    require(image_size in (None, 32), f"{path} holds 32x32 images: set --image_size 32, not {image_size}")
+    if path == "cifar10":
+        instead = "give --data the path of a zip or folder of its images"
+        path = download(CIFAR10_URL, CIFAR10_SHA256, instead)
+    require(image_size in (None, 32), f"{path} holds 32x32 images: set --image_size 32")
     try:
+        parts = []
         with tarfile.open(path) as archive:  # nothing is unpacked to the disk
-            files = [archive.extractfile(f"cifar-10-batches-bin/data_batch_{i}.bin").read(30_730_000)
-                     for i in range(1, 6)]
-        table = torch.frombuffer(bytearray().join(files), dtype=torch.uint8).view(50_000, 3073)
+            for i in range(1, 6):
+                file = archive.extractfile(f"cifar-10-batches-bin/data_batch_{i}.bin")
+                parts.append(np.frombuffer(file.read(30_730_000), np.uint8).reshape(10_000, 3073))
+        table = torch.from_numpy(np.concatenate(parts))
     except Exception as error:  # a damaged archive can fail in many ways
-        raise UserError(f"{path} is not CIFAR-10 in its binary version, or is damaged: {error}") from error
+        raise UserError(f"{path} is not CIFAR-10's binary version, or damaged: {error}") from error
     return table[:, 1:].reshape(-1, 3, 32, 32), table[:, 0].long()
-
-
-def read_files(path, image_size):
-    """load_images for a folder or zip: decoded once into data/cache, then memory-mapped."""
-    # 1. The files, and what changes when they do: sizes, and checksums or dates.
-    require(path.is_dir() or zipfile.is_zipfile(path), f"{path} is neither a folder nor a zip")
-    root = path if path.is_dir() else zipfile.Path(path)
-    if path.is_dir():
-        stats = {file.relative_to(path).as_posix(): file.stat() for file in path.rglob("*") if file.is_file()}
-        files = {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
-    else:
-        files = {info.filename: (info.file_size, info.CRC) for info in root.root.infolist()}
-    names = [name for name in sorted(files) if name.lower().endswith((".png", ".jpg", ".jpeg", ".webp"))
-             and not name.rpartition("/")[2].startswith(".")]
-    require(names, f"{path} holds no .png, .jpg, .jpeg or .webp files")
-
-    # 2. Labels.
-    labels, folders = None, sorted({name.rpartition("/")[0] for name in names})
-    if "dataset.json" in files:
-        try:
-            given = dict(json.loads((root / "dataset.json").read_bytes())["labels"] or {})
-            labels = torch.tensor([given[name] for name in names]) if given else None
-        except (KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
-            raise UserError(f"{path}: dataset.json must name the labels of all images ({error})") from error
-    elif len(folders) > 1:
-        labels = torch.tensor([folders.index(name.rpartition("/")[0]) for name in names])
-
-    # 3. The pixels.
-    def pixels(name):
-        try:
-            with (root / name).open("rb") as file, Image.open(file, formats=("PNG", "JPEG", "WEBP")) as image:
-                image = ImageOps.exif_transpose(image)  # a phone's photo may lie on its side, and says so
-            if image.mode.startswith("I"):  # 16-bit grey
-                image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
-            image = image.convert("RGB")
-            if image_size:  # the centre square, resized
-                image = ImageOps.fit(image, (image_size, image_size), Image.LANCZOS)
-            return np.asarray(image).transpose(2, 0, 1)
-        except Exception as error:  # so can a damaged image
-            raise UserError(f"{path}: {name} is no usable PNG, JPEG or WebP image ({error})") from error
-
-    version = repr((str(path.resolve()), image_size, sorted(files.items()))).encode()
-    cache, shape = Path("data/cache", hashlib.sha256(version).hexdigest()[:16]), pixels(names[0]).shape
-    if RANK == 0 and not cache.exists():
-        say(f"reading {len(names):,} images from {path} into {cache}")
-        with writing(cache) as file:
-            for name in names:
-                image = pixels(name)
-                require(image.shape == shape, f"{path}: {name} is {image.shape}, and {names[0]} is {shape}")
-                file.write(image.tobytes())
-    wait_for_all()
-    images = torch.from_file(str(cache), size=len(names) * math.prod(shape), dtype=torch.uint8)
-    return images.view(len(names), *shape), labels
 
 # ---------------------------------------------------------------------------------------- pictures
 
@@ -693,7 +659,8 @@ def save_grid(path, rows, titles=(), columns=()):
     canvas = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(canvas)
     for i, column in enumerate(columns):
-        draw.text((i * cell + 4, 2), column.replace(" ", "\n"), "black", font_size=12)
+        words = [word[:cell // 6] for word in column.split()[:2]]  # as much as there is room for
+        draw.text((i * cell + 4, 2), "\n".join(words), "black", font_size=12)
     for r, row in enumerate(rows):
         y = top + r * (cell + bar)
         if titles:
@@ -714,7 +681,7 @@ class UserError(ValueError):
 
 
 def stage(number):
-    """The script of a stage ("01" ... "05") as a module. `import` takes no name with a digit first."""
+    """The script of a stage, "01" ... "05", as a module: `import` takes no name like 01_..."""
     file, = Path(__file__).parent.glob(f"{number}_*.py")
     return importlib.import_module(file.stem)
 

@@ -113,16 +113,26 @@ def test_without_classes_and_with_classes_of_ones_own(tmp_path):
     assert artifact(tmp_path, "02_pairs.pt")["labels"] is None and len(rows) == 6
     assert {row["named"] for row in rows[1:]} == {None}
     assert re.search("--label red square: .* no ", refused("05", tmp_path, png=2, label="red square"))
-    images, own = torch.randint(256, (12, 3, 16, 20), dtype=torch.uint8), dict(preset="imagenet64")
-    data = save_images(tmp_path / "own", images, torch.arange(12) % 3)
-    call("01", tmp_path, **own, data=data, image_size=16, blocks=1)
+    own, names = dict(preset="imagenet64"), ["cat", "horse", "sea lion"]
+    for name in names:
+        save_images(tmp_path / "own" / name, torch.randint(256, (4, 3, 16, 20), dtype=torch.uint8))
+    call("01", tmp_path, **own, data=tmp_path / "own", image_size=16, blocks=1)
     call("02", tmp_path, **own, n_pairs=30)
     assert set(common.read(tmp_path / "imagenet64/02_pairs.pt")["labels"].tolist()) == {0, 1, 2}
     call("03", tmp_path, **own, blocks=1)
-    call("04", tmp_path, **own, n_pairs=20, pair_steps=1, distance="huber", pairs_from="flow")
-    call("05", tmp_path, **own, metric="none", n_samples=12)
+    call("04", tmp_path, **own, n_pairs=20, pair_steps=1, distance="huber", pairs_from="flow",
+         start_from="scratch")
+    for name in ("01_teacher.pt", "02_pairs.pt", "03_reflow.pt", "04_pairs.pt", "04_student.pt"):
+        assert common.read(tmp_path / "imagenet64" / name)["class_names"] == names
+    columns = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script("05"), "save_grid", lambda *given: columns.append(given[-1]))
+        call("05", tmp_path, **own, metric="none", n_samples=12)
+    assert [columns[0][i] for i in (0, 1, 2, 3)] == [*names, "cat"]  # above the picture
     assert {row["distance"] for row in results(tmp_path, preset="imagenet64")["rows"]} == {None}
-    assert re.search("--label 3: .*0, 1, 2", refused("05", tmp_path, **own, metric="none", png=2, label="3"))
+    call("05", tmp_path, **own, metric="none", only="student", png=2, label="sea lion")
+    message = refused("05", tmp_path, **own, metric="none", png=2, label="mouse")
+    assert "--label mouse" in message and "knows cat, horse, sea lion" in message
 
 
 # ------------------------------------------------------------------------- broken off, and several processes

@@ -1,0 +1,108 @@
+"""Make a zip that stage 01 reads of almost any folder or zip of images. What was changed is said.
+
+    python extras/prepare_images.py my_images my_images.zip --image_size 64
+    python 01_train_teacher.py --preset ffhq64 --data my_images.zip
+
+Reads every format that Pillow knows (of an animation the first picture), and 16-bit grey. Images that cannot
+be read are left out, and named. Labels are those of a dataset.json, wherever it lies: numbers, also as 3.0,
+"3", true or one-hot [0, 0, 0, 1]; else each folder is a class, if there are two or more.
+
+Writes  the zip: 000000.png, 000001.png, ... in RGB, and dataset.json with the labels and the classes' names
+"""
+import argparse
+import io
+import json
+import os
+import sys
+import zipfile
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from common import UserError, class_folders, list_files, listed, read_image, require, writing
+
+
+def as_png(content):
+    """The bytes of an image in any format, as those of a PNG with 8 bits. Raises errors of many kinds."""
+    image = ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
+    if image.mode.startswith("I"):  # 16-bit grey, 0 to 65,535
+        values = np.asarray(image)
+        require(values.min() >= 0 and values.max() < 2**16, "more than 16 bits")
+        image = Image.fromarray((values // 257).astype(np.uint8))
+    elif image.mode not in ("L", "RGB"):
+        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def class_number(label):
+    """A label as an int, of 3, 3.0, "3", true or one-hot [0, 0, 0, 1]. None if it is none of these."""
+    if isinstance(label, list):
+        one_hot = label.count(1) == 1 and label.count(0) == len(label) - 1
+        return label.index(1) if one_hot else None
+    try:
+        return int(label) if int(label) == float(label) else None
+    except (TypeError, ValueError, OverflowError):
+        return None
+
+
+def read_labels(files, read_bytes, names):
+    """({name: number of its class, or None}, names of the classes)."""
+    found = [name for name in files if os.path.basename(name) == "dataset.json"]
+    require(len(found) < 2, f"more than one dataset.json: {', '.join(found)}")
+    if not found:
+        labels, classes = class_folders(names)
+        return dict(zip(names, labels.tolist())) if classes else {}, classes
+    try:
+        dataset = json.loads(read_bytes(files[found[0]]))
+        rows = {name.replace("\\", "/"): label for name, label in dict(dataset["labels"] or {}).items()}
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f'{found[0]} is not {{"labels": [["a/0.png", 3], ...]}}: {error!r}') from error
+    folder = os.path.dirname(found[0])
+    numbers = {os.path.join(folder, name): class_number(label) for name, label in rows.items()}
+    return numbers, dataset.get("classes") or []
+
+
+def main():
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser.add_argument("source", type=Path, help="a folder or zip of images")
+    parser.add_argument("target", type=Path, help="the zip to write")
+    parser.add_argument("--image_size", type=int, default=0, help="crop and resize to it; 0: leave sizes")
+    cfg = parser.parse_args()
+    require(cfg.target.suffix == ".zip", f"{cfg.target} must end in .zip")
+    files, read_bytes = list_files(cfg.source)
+    formats = Image.registered_extensions()
+    names = sorted(name for name in files if formats.get(os.path.splitext(name)[1].lower()) in Image.OPEN)
+    numbers, classes = read_labels(files, read_bytes, names)
+    labels, bad, changed = [], [], Counter()
+    with writing(cfg.target) as file, zipfile.ZipFile(file, "w") as archive:
+        for name in names:
+            try:
+                require(not numbers or numbers.get(name) is not None, "its label is not a whole number")
+                pixels, changes = read_image(as_png(read_bytes(files[name])), cfg.image_size)
+            except Exception as error:  # an image can be damaged in many ways
+                bad.append(f"{name} ({str(error).partition(' <_io')[0]})")
+                continue
+            buffer, new = io.BytesIO(), f"{len(labels):06}.png"
+            Image.fromarray(pixels.transpose(1, 2, 0)).save(buffer, "PNG")
+            archive.writestr(new, buffer.getvalue())
+            labels.append([new, numbers.get(name)])
+            changed.update(changes)
+        content = {"labels": labels if numbers else None, "classes": classes}
+        archive.writestr("dataset.json", json.dumps(content))
+        require(labels, f"{cfg.source}: none of {len(names)} images can be read: {', '.join(bad[:10])}")
+    others = Counter(os.path.splitext(name)[1] for name in files.keys() - {*names, "dataset.json"})
+    print(f"wrote {cfg.target} | {len(labels):,} images, {len(classes)} classes | changed: {listed(changed)} | "
+          f"left out: {listed(others)}, {len(bad):,} images that cannot be read: {', '.join(bad)}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")
