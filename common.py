@@ -753,7 +753,7 @@ def require_same_run(path, then, now):
 def run(main, table, doc, argv=None):
     """Calls main(settings). What the user can put right ends in one line and exit code 1."""
     try:
-        with contextlib.suppress(ValueError):  # only the main thread may have signals
+        with contextlib.suppress(ValueError):  # raised in all threads but the main one
             if WORLD == 1:
                 signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
         cfg = read_settings(table, doc, argv)

@@ -22,7 +22,8 @@ import numpy as np
 from PIL import Image, ImageOps
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import UserError, class_folders, list_files, listed, read_image, require, writing
+from common import UserError, require, writing
+from extras.image_files import class_folders, list_files, listed, read_image
 
 
 def as_png(content):

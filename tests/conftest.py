@@ -20,7 +20,8 @@ import common  # noqa: E402
 NAMES = {"01": "01_train_teacher", "02": "02_generate_pairs", "03": "03_annealing_reflow",
          "04": "04_flow_guided_distill", "05": "05_eval_fid", "import": "extras/import_checkpoint",
          "export": "extras/export_student", "benchmark": "extras/benchmark", "ablations": "extras/ablations",
-         "toy2d": "extras/toy2d", "prepare": "extras/prepare_images"}
+         "toy2d": "extras/toy2d", "prepare": "extras/prepare_images", "sample": "extras/sample",
+         "fid": "extras/fid"}
 ARTIFACTS = {"01": "01_teacher.pt", "02": "02_pairs.pt", "03": "03_reflow.pt", "04": "04_student.pt"}
 TINY = {
     "01": dict(base=8, mult="1,2", attn="8", steps=4, batch=8, dropout=0.5, precision="fp32"),

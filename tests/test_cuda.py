@@ -119,8 +119,8 @@ def test_sampling_compiled_05_and_refusals_in_one_line(runs, monkeypatch):
     monkeypatch.setattr(script("05"), "sampling_batch", lambda net: 4)
     run("05", out)
     run("05", out, only="student", compile="on")
-    run("05", out, only="student", png=5, label="red triangle")
-    assert len(list((out / "shapes/05_student_images").glob("*.png"))) == 5
+    run("sample", out, n=5, label="red triangle")
+    assert len(list((out / "shapes/student_images").glob("*.png"))) == 5
     (out / "shapes/01_teacher.pt").write_bytes(b"damaged")
     assert "01_teacher.pt is damaged" in refused("02", out, "--restart", device=DEVICE)
     if DEVICE == "cuda":

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 import common
+from extras import image_files
 from common import UserError, draw_shapes, from_uint8, load_data, load_images, to_uint8
 from conftest import artifact, refused, script, settings_of
 
@@ -268,15 +269,15 @@ def test_a_file_of_decoded_images_that_is_not_whole_is_made_again(tmp_path):
 
 
 def test_two_runs_that_read_the_same_images_at_once_both_read_them_whole(tmp_path, monkeypatch):
-    source, read_image = write(tmp_path / "x", {"a.png": RED, "b.png": RED}), common.read_image
+    source, read_image = write(tmp_path / "x", {"a.png": RED, "b.png": RED}), image_files.read_image
     second = []
 
     def slowly(*given):
-        monkeypatch.setattr(common, "read_image", read_image)
+        monkeypatch.setattr(image_files, "read_image", read_image)
         second.append(load_images(source, 8)[0])  # begins and ends while the first run has nothing yet
         return read_image(*given)
 
-    monkeypatch.setattr(common, "read_image", slowly)
+    monkeypatch.setattr(image_files, "read_image", slowly)
     first = load_images(source, 8)[0]
     for images in (first, second[0]):
         assert (images == torch.tensor([255, 0, 0])[:, None, None]).all()

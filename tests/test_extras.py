@@ -15,9 +15,9 @@ from conftest import NAMES, ROOT, TINY, filled, save_images, script, settings_of
 
 README = (ROOT / "README.md").read_text()
 TEXTS = "\n".join(path.read_text() for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))])
-NUMBERS = {f"{name}.py": number for number, name in NAMES.items() if number in (*TINY, "import")}
+NUMBERS = {f"{name}.py": number for number, name in NAMES.items() if number in (*TINY, "import", "sample", "fid")}
 SMALL = {"01": {"blocks": 1}, "03": {"blocks": 1}, "04": dict(n_pairs=6, pair_steps=1, distance="l2"),
-         "import": dict(n_pairs=6, sample_steps=1)}  # besides TINY
+         "import": dict(n_pairs=6, sample_steps=1), "sample": dict(n=3)}  # besides TINY
 
 
 def test_quoted_code_lines_stand_in_the_scripts():
@@ -68,8 +68,6 @@ def test_every_command_runs(tmp_path, monkeypatch):
         small = {**TINY.get(number, {}), **SMALL.get(number, {})}
         if number == "01" and "--data" not in words and any(word.startswith("cifar10") for word in words):
             small["data"] = "my_images.zip"
-        if "--png" in words:
-            small["png"] = 3
         script(number).main(settings_of(number, *words, "--restart", **small))
 
 
@@ -90,8 +88,8 @@ def test_on_two_coordinates_reflow_straightens_paths_and_guidance_helps_where_pa
 
         def loss(step):
             z_new, t = torch.randn(256, 2, 1, 1), 0.2 + 0.6 * torch.rand(256)
-            guided = s.guided_loss(s.first_step(student, z_new), flow, z_new, t, s.squared_l2)
-            return s.distill_loss(s.first_step(student, z), z, x, s.squared_l2) + guidance * guided
+            guided = s.guided_loss(s.first_velocity(student, z_new), flow, z_new, t, s.squared_l2)
+            return s.distill_loss(s.first_velocity(student, z), z, x, s.squared_l2) + guidance * guided
         return toy.train(student, loss)
 
     @torch.no_grad()

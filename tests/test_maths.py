@@ -42,7 +42,8 @@ def test_noise_and_labels_follow_from_seed_and_index_alone():
     # No use of noise reaches the numbers of another, and the samples are those of the evaluation.
     for number, first, last in (("02", common.PAIRS, common.OWN_PAIRS),
                                 ("04", common.OWN_PAIRS, common.EVALUATION)):
-        n_pairs, = (max(row[1:6]) for row in script(number).SETTINGS if row[0] == "n_pairs")
+        row = script(number).SETTINGS["n_pairs"]
+        n_pairs = max(value for name, value in row.items() if name != "help")
         assert 0 <= first and first + 1000 * n_pairs <= last
     net, given = filled(8, base=8, mult=(1,), blocks=1, classes=3), torch.arange(5) % 3
     z = noise_for(7, range(common.EVALUATION + 2, common.EVALUATION + 5), (3, 8, 8))
@@ -94,7 +95,7 @@ def test_reflow_loss_mixes_fresh_noise_of_the_right_share():
 def test_distill_loss_is_the_distance_of_one_step_at_eps():
     s, z, x = script("04"), torch.randn(8, 3, 4, 4), torch.randn(8, 3, 4, 4)
     student = Field(lambda x, t: 0.5 * x + t)
-    loss = s.distill_loss(s.first_step(student, z, LABELS), z, x, s.squared_l2)
+    loss = s.distill_loss(s.first_velocity(student, z, LABELS), z, x, s.squared_l2)
     torch.testing.assert_close(loss, (1.5 * z + EPS - x).square().mean())
     loss.backward()
     assert student.scale.grad.abs() > 0 and student.labels is LABELS
@@ -109,7 +110,7 @@ def test_guided_loss_follows_the_students_own_first_step_then_the_flow():
     # v' = a z, v = b x: x_t = (1 + t a) z, target = x_t (1 + (1 - t) b); the student's jump is (1 + a) z.
     s, z, a, b, t = script("04"), torch.randn(8, 3, 4, 4), 0.5, -0.8, torch.linspace(0.2, 0.8, 8)
     student, flow = Field(lambda x, t: a * x), Field(lambda x, t: b * x)
-    loss = s.guided_loss(s.first_step(student, z), flow, z, t, s.squared_l2, LABELS)
+    loss = s.guided_loss(s.first_velocity(student, z), flow, z, t, s.squared_l2, LABELS)
     difference = ((1 + a) - (1 + t * a) * (1 + (1 - t) * b)).view(-1, 1, 1, 1)
     torch.testing.assert_close(loss, (difference * z).square().mean())
     assert torch.equal(flow.times[0], t) and len(student.times) == 1 and flow.labels is LABELS

@@ -1,6 +1,5 @@
 """Frechet distances, judges and LPIPS: known answers, and reference implementations' numbers (fixtures)."""
 import hashlib
-import json
 from pathlib import Path
 
 import numpy as np
@@ -125,8 +124,7 @@ def test_fid_of_two_sets_without_networks(published, monkeypatch, tmp_path):
         return frechet_distance(*(a[:64, :64] if a.ndim == 2 else a[:64] for a in gaussians))
 
     def measured(reference, *flags):
-        published.main(settings_of("05", "--metric=fid", *flags, images="a", reference=reference))
-        return json.loads(Path("out/shapes/05_images.json").read_text())
+        return script("fid").main(settings_of("fid", *flags, images="a", reference=reference))
 
     images, frechet_distance = draw_shapes(7, 16)[0], published.frechet_distance
     monkeypatch.setattr(published, "frechet_distance", of_64_features)
@@ -136,10 +134,11 @@ def test_fid_of_two_sets_without_networks(published, monkeypatch, tmp_path):
     (mu, sigma), reference = (published.gaussian([part], 2048) for part in features)
     np.savez("edm.npz", mu=reference[0], sigma=reference[1])  # statistics as EDM publishes them
     for against in ("b", "edm.npz"):
-        found = measured(against, "--allow_few")
         expected = of_64_features(mu, sigma, *reference)
-        assert 1e-3 < expected == pytest.approx(found["rows"][0]["distance"], rel=1e-4)
-        assert [found["protocol"][key] for key in ("metric", "resize", "n_samples")] == ["FID", "tf1", 3]
+        assert 1e-3 < expected == pytest.approx(measured(against, "--allow_few"), rel=1e-4)
+    save_images(tmp_path / "small", images[:3, :, :8, :8])
+    with pytest.raises(UserError, match="small holds images of another size than a"):
+        measured("small", "--allow_few")
     with pytest.raises(UserError, match="3 images are fewer than the 2048 features"):
         measured("b", "--no-allow_few")
 

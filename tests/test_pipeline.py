@@ -85,22 +85,26 @@ def test_named_is_the_share_of_images_that_show_what_was_asked_for(copied, monke
     assert real >= 0.995 and shuffled == pytest.approx(1 / 18, abs=0.03) and student == again < 0.2
 
 
-def test_png_writes_images_of_what_is_asked_for_and_nothing_else(copied, monkeypatch):
+def sample(out, **settings):
+    script("sample").main(settings_of("sample", out=out, device="cpu", **settings))
+
+
+def test_sample_writes_images_of_what_is_asked_for_and_nothing_else(copied, monkeypatch):
     def forward(net, x, t, labels):
         asked.append(labels)
         return real(net, x, t, labels)
 
     asked, real = [], common.UNet.forward
-    before, folder = set(copied.rglob("*")), copied / "shapes/05_student_images"
+    before, folder = set(copied.rglob("*")), copied / "shapes/student_images"
     monkeypatch.setattr(common.UNet, "forward", forward)
-    call("05", copied, only="student", png=7)
+    sample(copied, n=7)
     triangles = torch.full((5,), common.CLASSES.index("red triangle"))
     for flags, labels in (({}, common.labels_for(3, 5, 18)), ({"label": "red triangle"}, triangles)):
         asked.clear()
-        call("05", copied, only="student", png=5, seed=3, **flags)
+        sample(copied, n=5, seed=3, **flags)
         assert torch.equal(torch.cat(asked), labels)
         files = [folder / f"{i:06}.png" for i in range(5)]  # the other two of before are gone
-        assert set(copied.rglob("*")) - before == {folder, copied / "shapes/05_student_images.png", *files}
+        assert set(copied.rglob("*")) - before == {folder, copied / "shapes/student_images.png", *files}
         expected = common.to_uint8(common.samples(network(copied, "04_student.pt"), 3, range(5), 1, labels))
         written = np.stack([np.asarray(Image.open(file)).transpose(2, 0, 1) for file in files])
         assert np.abs(written - expected.int().numpy()).max() <= 1  # the batch's layout may change rounding
@@ -112,7 +116,8 @@ def test_without_classes_and_with_classes_of_ones_own(tmp_path):
     rows = results(tmp_path)["rows"]
     assert artifact(tmp_path, "02_pairs.pt")["labels"] is None and len(rows) == 6
     assert {row["named"] for row in rows[1:]} == {None}
-    assert re.search("--label red square: .* no ", refused("05", tmp_path, png=2, label="red square"))
+    with pytest.raises(common.UserError, match="--label red square: the student knows no classes"):
+        sample(tmp_path, n=2, label="red square")
     own, names = dict(preset="imagenet64"), ["cat", "horse", "sea lion"]
     for name in names:
         save_images(tmp_path / "own" / name, torch.randint(256, (4, 3, 16, 20), dtype=torch.uint8))
@@ -130,9 +135,9 @@ def test_without_classes_and_with_classes_of_ones_own(tmp_path):
         call("05", tmp_path, **own, metric="none", n_samples=12)
     assert [columns[0][i] for i in (0, 1, 2, 3)] == [*names, "cat"]  # above the picture
     assert {row["distance"] for row in results(tmp_path, preset="imagenet64")["rows"]} == {None}
-    call("05", tmp_path, **own, metric="none", only="student", png=2, label="sea lion")
-    message = refused("05", tmp_path, **own, metric="none", png=2, label="mouse")
-    assert "--label mouse" in message and "knows cat, horse, sea lion" in message
+    sample(tmp_path, **own, n=2, label="sea lion")
+    with pytest.raises(common.UserError, match="--label mouse: .* knows cat, horse, sea lion"):
+        sample(tmp_path, **own, n=2, label="mouse")
 
 
 # ------------------------------------------------------------------------- broken off, and several processes
@@ -194,8 +199,6 @@ def test_a_user_sees_one_line_and_a_failing_exit_code():
     ("04", "--pairs_from=pool", "--pairs_from: .*pool"), ("04", "--t_low=0.9", "--t_low 0.9"),
     ("04", "--t_high=2", "--t_high 2"), ("05", "--only=judge", "--only: .*judge"),
     ("05", "--n_samples=1", "at least 2"), ("05", "--rounding=up", "--rounding: .*up"),
-    ("05", "--images=a.zip", "needs --reference"), ("05", "--images=a --reference=b --png=3", "--png"),
-    ("05", "--label=1", "--label needs --png"), ("05", "--png=3 --label=a", "--label a.* red circle, .*blue"),
     ("05", "--n_samples=99", "99 images are fewer than the 112 features")])
 def test_bad_settings_are_refused(copied, number, flags, message):
     def content():
@@ -232,3 +235,58 @@ def test_a_run_continues_only_with_the_same_settings_and_images_which_need_label
     assert "class [0, 1]" in refused("01", tmp_path, data=save_images(one, red, [2]))
     call("02", tmp_path)
     assert "pairs was 40, is 41; seed was 0, is 1" in refused("02", tmp_path, n_pairs=41, seed=1)
+
+
+# --------------------------------------------------------------------------------- around the runs
+
+def test_one_run_at_a_time_works_in_a_folder_and_a_killed_one_leaves_it_free(tmp_path):
+    folder = tmp_path / "shapes"
+    hold = "import common, pathlib, sys, time\n" \
+           "with common.locked(pathlib.Path(sys.argv[1])):\n    print('in', flush=True)\n    time.sleep(60)"
+    other = subprocess.Popen([sys.executable, "-c", hold, folder], cwd=ROOT, text=True, stdout=subprocess.PIPE)
+    assert other.stdout.readline() == "in\n"
+    line = refused("01", tmp_path)
+    assert re.search(rf"another run works in {folder}, since 20.*process {other.pid}.*--out", line)
+    other.kill()
+    other.wait()
+    with common.locked(folder):
+        pass
+
+
+@pytest.mark.parametrize("rank, world, port, device, message", [
+    (1, 1, None, "cpu", "left over in the environment"), (0, 2, None, "cpu", "left over in the environment"),
+    (0, 2, "1", "cuda:1", "--device cuda:1 would put all 2 processes on one device")])
+def test_half_of_torchruns_variables_and_one_device_for_all_are_refused(
+        tmp_path, monkeypatch, rank, world, port, device, message):
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    if port:
+        monkeypatch.setenv("MASTER_PORT", port)
+    monkeypatch.setattr(common, "RANK", rank)
+    monkeypatch.setattr(common, "WORLD", world)
+    assert message in refused("02", tmp_path, device=device)
+
+
+def test_05_compares_with_the_images_that_the_teacher_saw(tmp_path):
+    images = torch.randint(256, (8, 3, 16, 16), dtype=torch.uint8)
+    data = save_images(tmp_path / "own", images)
+    call("01", tmp_path, "--no-conditional", data=data)
+    cfg = settings_of("05", out=tmp_path, metric="fid")
+    assert torch.equal(script("05").reference_images(cfg, 16)[1], images)
+    save_images(data, images.flip(3))
+    with pytest.raises(common.UserError, match="does not hold the images that the teacher was trained on"):
+        script("05").reference_images(cfg, 16)
+
+
+def test_an_attention_size_that_no_level_has_is_said(capsys):
+    common.UNet(16, base=8, mult=(1, 1), blocks=1, attn=(16, 7))
+    assert r"attn (16, 7) names a size that no level has; they have [16, 8]" in capsys.readouterr().out
+    common.UNet(16, base=8, mult=(1, 1), blocks=1, attn=(16, 8))
+    assert not capsys.readouterr().out
+
+
+def test_to_compare_a_parent_does_not_read_all_of_it(copied):
+    path = copied / "shapes/01_teacher.pt"
+    weights = artifact(copied, "01_teacher.pt")["weights"]["conv_in.weight"].numpy().tobytes()
+    path.write_bytes(path.read_bytes().replace(weights, weights[::-1]))  # its checksum is wrong now
+    common.load(settings_of("03", out=copied), "02_pairs.pt")
+    assert "01_teacher.pt is damaged" in refused("02", copied, "--restart")

@@ -11,7 +11,7 @@ import common
 from common import EPS, OWN_PAIRS, PAIRS, draw_shapes, from_uint8, noise_for
 from conftest import TINY, artifact, call, same, script
 
-LOSSES = {"01": ["flow_loss"], "03": ["reflow_loss"], "04": ["first_step", "distill_loss", "guided_loss"]}
+LOSSES = {"01": ["flow_loss"], "03": ["reflow_loss"], "04": ["first_velocity", "distill_loss", "guided_loss"]}
 DRAWS = ("rand", "randn", "randn_like")
 
 
