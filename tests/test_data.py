@@ -204,7 +204,7 @@ def test_all_bad_images_are_named_at_once_ten_and_a_count_and_nothing_is_kept(tm
     with pytest.raises(UserError, match=both) as two:
         load_images(write(tmp_path / "x", files), 8)
     assert "<" not in str(two.value) and "\n" not in str(two.value)
-    with pytest.raises(UserError, match=r"9.png \(cannot identify image file\) and 20 more"):
+    with pytest.raises(UserError, match=r"09.png \(cannot identify image file\) and 20 more"):
         load_images(write(tmp_path / "y", dict.fromkeys(files, b"no image")), 8)
     assert not list(tmp_path.rglob("cache/*"))
 
