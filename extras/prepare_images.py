@@ -57,12 +57,12 @@ def read_labels(files, read_bytes):
         return None, []
     try:
         dataset = json.loads(read_bytes(files[found[0]]))
-        rows = {name.replace("\\", "/"): label for name, label in dict(dataset["labels"] or {}).items()}
-    except (KeyError, TypeError, ValueError) as error:
+        rows = dict(dataset["labels"] or {})
+        numbers = {os.path.join(os.path.dirname(found[0]), name.replace("\\", "/")): class_number(rows[name])
+                   for name in rows}  # names are relative to dataset.json
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f'{found[0]} is not {{"labels": [["a/0.png", 3], ...]}}: {error!r}') from error
-    folder = os.path.dirname(found[0])  # names are relative to it
-    return ({os.path.join(folder, name): class_number(label) for name, label in rows.items()},
-            dataset.get("classes") or [])
+    return numbers, dataset.get("classes") or []
 
 
 def main():
@@ -84,9 +84,8 @@ def main():
             except Exception as error:  # an image can be damaged in many ways
                 bad.append(f"{name} ({str(error).partition(' <_io')[0]})")
                 continue
-            buffer = io.BytesIO()
-            Image.fromarray(pixels.transpose(1, 2, 0)).save(buffer, "PNG")
-            archive.writestr(f"{len(kept):06}.png", buffer.getvalue())
+            with archive.open(f"{len(kept):06}.png", "w") as png:
+                Image.fromarray(pixels.transpose(1, 2, 0)).save(png, "PNG")
             kept.append(name)
             changed.update(changes)
         labels = [numbers[name] for name in kept] if numbers else []
