@@ -42,45 +42,41 @@ def as_png(content):
 
 def class_number(label):
     """A label as an int, of 3, 3.0, "3", true or one-hot [0, 0, 0, 1]. None if it is none of these."""
-    if isinstance(label, list):
-        one_hot = label.count(1) == 1 and label.count(0) == len(label) - 1
-        return label.index(1) if one_hot else None
+    if isinstance(label, list) and label.count(1) == 1 and label.count(0) == len(label) - 1:
+        return label.index(1)
     try:
         return int(label) if int(label) == float(label) else None
     except (TypeError, ValueError, OverflowError):
         return None
 
 
-def read_labels(files, read_bytes, names):
-    """({name: number of its class, or None}, names of the classes)."""
+def read_labels(files, read_bytes):
+    """({name: number of its class, or None}, names of the classes) from dataset.json; (None, []) without."""
     found = [name for name in files if os.path.basename(name) == "dataset.json"]
     require(len(found) < 2, f"more than one dataset.json: {', '.join(found)}")
     if not found:
-        labels, classes = class_folders(names)
-        return dict(zip(names, labels.tolist())) if classes else {}, classes
+        return None, []
     try:
         dataset = json.loads(read_bytes(files[found[0]]))
-        rows = {name.replace("\\", "/"): label for name, label in dict(dataset["labels"] or {}).items()}
-    except (KeyError, TypeError, ValueError) as error:
+        rows = dict(dataset["labels"] or {})
+        numbers = {os.path.join(os.path.dirname(found[0]), name.replace("\\", "/")): class_number(rows[name])
+                   for name in rows}  # names are relative to dataset.json
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f'{found[0]} is not {{"labels": [["a/0.png", 3], ...]}}: {error!r}') from error
-    folder = os.path.dirname(found[0])
-    numbers = {os.path.join(folder, name): class_number(label) for name, label in rows.items()}
     return numbers, dataset.get("classes") or []
 
 
 def main():
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("source", type=Path, help="a folder or zip of images")
     parser.add_argument("target", type=Path, help="the zip to write")
     parser.add_argument("--image_size", type=int, default=0, help="crop and resize to it; 0: leave sizes")
     cfg = parser.parse_args()
-    require(cfg.target.suffix == ".zip", f"{cfg.target} must end in .zip")
     files, read_bytes = list_files(cfg.source)
     formats = Image.registered_extensions()
     names = sorted(name for name in files if formats.get(os.path.splitext(name)[1].lower()) in Image.OPEN)
-    numbers, classes = read_labels(files, read_bytes, names)
-    labels, bad, changed = [], [], Counter()
+    numbers, classes = read_labels(files, read_bytes)
+    kept, bad, changed = [], [], Counter()
     with writing(cfg.target) as file, zipfile.ZipFile(file, "w") as archive:
         for name in names:
             try:
@@ -89,16 +85,19 @@ def main():
             except Exception as error:  # an image can be damaged in many ways
                 bad.append(f"{name} ({str(error).partition(' <_io')[0]})")
                 continue
-            buffer, new = io.BytesIO(), f"{len(labels):06}.png"
-            Image.fromarray(pixels.transpose(1, 2, 0)).save(buffer, "PNG")
-            archive.writestr(new, buffer.getvalue())
-            labels.append([new, numbers.get(name)])
+            with archive.open(f"{len(kept):06}.png", "w") as png:
+                Image.fromarray(pixels.transpose(1, 2, 0)).save(png, "PNG")
+            kept.append(name)
             changed.update(changes)
-        content = {"labels": labels if numbers else None, "classes": classes}
-        archive.writestr("dataset.json", json.dumps(content))
-        require(labels, f"{cfg.source}: none of {len(names)} images can be read: {', '.join(bad[:10])}")
+        labels = [numbers[name] for name in kept] if numbers else []
+        if numbers is None:
+            found, classes = class_folders(kept)
+            labels = found.tolist() if classes else []
+        rows = [[f"{i:06}.png", label] for i, label in enumerate(labels)]
+        archive.writestr("dataset.json", json.dumps({"labels": rows, "classes": classes}))
+        require(kept, f"{cfg.source}: none of {len(names)} images can be read: {', '.join(bad[:10])}")
     others = Counter(os.path.splitext(name)[1] for name in files.keys() - {*names, "dataset.json"})
-    print(f"wrote {cfg.target} | {len(labels):,} images, {len(classes)} classes | changed: {listed(changed)} | "
+    print(f"wrote {cfg.target} | {len(kept):,} images, {len(classes)} classes | changed: {listed(changed)} | "
           f"left out: {listed(others)}, {len(bad):,} images that cannot be read: {', '.join(bad)}")
 
 

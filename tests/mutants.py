@@ -198,8 +198,8 @@ MUTANTS = {  # file: (old text, new text, the idea that it ruins, the tests that
         ("archive.testzip() is None", "True", "damage is noticed", "maths damaged")],
     "extras/prepare_images.py": [
         ("values // 257", "values // 256 // 256", "own images: 16-bit grey is scaled", "data command_reads"),
-        ("return label.index(1) if", "return 0 if", "own images: one-hot labels", "data command_reads"),
-        ("os.path.join(folder, name)", "name", "own images: dataset.json is read where it lies", "data below"),
+        ("return label.index(1)", "return 0", "own images: one-hot labels", "data command_reads"),
+        ("os.path.join(os.path.dirname(found[0]), name", "(name", "own images: dataset.json is read where it lies", "data below"),
         ("                continue\n", "                raise\n", "own images: bad ones are left out",
          "data command_reads")],
 }

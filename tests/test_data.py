@@ -205,7 +205,7 @@ def test_all_bad_images_are_named_at_once_ten_and_a_count_and_nothing_is_kept(tm
     with pytest.raises(UserError, match=both) as two:
         load_images(write(tmp_path / "x", files), 8)
     assert "<" not in str(two.value) and "\n" not in str(two.value)
-    with pytest.raises(UserError, match=r"9.png \(cannot identify image file\) and 20 more"):
+    with pytest.raises(UserError, match=r"09.png \(cannot identify image file\) and 20 more"):
         load_images(write(tmp_path / "y", dict.fromkeys(files, b"no image")), 8)
     assert not list(tmp_path.rglob("cache/*"))
 
@@ -316,8 +316,9 @@ def test_the_command_reads_other_formats_and_labels_and_leaves_out_what_is_bad(t
     images, labels, names = load_data(target, 8)
     assert labels.tolist() == [1, 0, 1] and names == ["no", "yes"]
     assert images[:, :, 4, 4].tolist() == [[255, 0, 0], [255, 0, 0], [200] * 3]
-    folders = write(tmp_path / "y", {"0/a.png": RED, "10/a.png": RED, "2/a.png": RED})
-    assert load_data(prepared(folders), 8)[1:][0].tolist() == [0, 2, 1]
+    folders = {"0/a.png": RED, "10/a.png": RED, "2/a.png": RED, "1/bad.png": b""}
+    labels, names = load_data(prepared(write(tmp_path / "y", folders)), 8)[1:]
+    assert labels.tolist() == [0, 2, 1] and names == ["0", "2", "10"]  # a class of which nothing is left
 
 
 def test_classes_without_names_have_numbers_and_artifacts_of_before_too(tmp_path):
