@@ -286,7 +286,7 @@ def test_an_attention_size_that_no_level_has_is_said(capsys):
 
 def test_to_compare_a_parent_does_not_read_all_of_it(copied):
     path = copied / "shapes/01_teacher.pt"
-    weights = artifact(copied, "01_teacher.pt")["weights"]["conv_in.weight"].numpy().tobytes()
+    weights = artifact(copied, "01_teacher.pt")["weights"]["time0.weight"].numpy().tobytes()
     path.write_bytes(path.read_bytes().replace(weights, weights[::-1]))  # its checksum is wrong now
     common.load(settings_of("03", out=copied), "02_pairs.pt")
     assert "01_teacher.pt is damaged" in refused("02", copied, "--restart")
