@@ -181,24 +181,26 @@ def grids():
     found, teacher, few, preset_flow = {}, chain("01"), chain("02"), chain("03")
     plain, alone = dict(schedule="none"), dict(guidance=0.0)
 
-    # The paper's two ideas, each on and off, with the preset's own settings.
-    grid = found["ideas"] = Grid("Annealing and guidance, each on and off, with the preset's settings")
-    flows = {"annealed": preset_flow, "not annealed": stage("03", few, **plain)}
+    # The paper's two ideas, each on and off: with the preset's own settings, and with fewer pairs.
     students = {"guided": {}, "pairs alone": alone, "pairs alone, 1000 steps": dict(alone, steps=1000)}
-    for name, flow in flows.items():
-        for way, settings in students.items():
-            grid.add(f"student, {name}, {way}", stage("04", few, flow, **settings))
-        grid.claim(f"guidance helps, equal steps, {name}", f"student, {name}, guided",
-                   f"student, {name}, pairs alone")
-        grid.claim(f"guidance helps, equal time, {name}", f"student, {name}, guided",
-                   f"student, {name}, pairs alone, 1000 steps")
-    for way in students:
-        grid.claim(f"annealing helps the student, {way}", f"student, annealed, {way}",
-                   f"student, not annealed, {way}")
-    for name, flow in flows.items():
-        grid.add(f"flow, {name}", flow, teacher, few)
-    grid.claim("annealing helps the flow", "flow, annealed", "flow, not annealed")
+    for key, title, some in (("ideas", "with the preset's settings", few),
+                             ("few", "with 64 pairs", stage("02", teacher, n_pairs=64))):
+        grid = found[key] = Grid(f"Annealing and guidance, each on and off, {title}")
+        flows = {"annealed": stage("03", some), "not annealed": stage("03", some, **plain)}
+        for name, flow in flows.items():
+            for way, settings in students.items():
+                grid.add(f"student, {name}, {way}", stage("04", some, flow, **settings))
+            guided, on_pairs = f"student, {name}, guided", f"student, {name}, pairs alone"
+            grid.claim(f"guidance helps, equal steps, {name}", guided, on_pairs)
+            grid.claim(f"guidance helps, equal time, {name}", guided, f"{on_pairs}, 1000 steps")
+        for way in students:
+            grid.claim(f"annealing helps the student, {way}", f"student, annealed, {way}",
+                       f"student, not annealed, {way}")
+        for name, flow in flows.items():
+            grid.add(f"flow, {name}", flow, teacher, some)
+        grid.claim("annealing helps the flow", "flow, annealed", "flow, not annealed")
     # What a reader asks next: is stage 03 needed? The same time, on the teacher's pairs at once.
+    grid = found["ideas"]
     skipped = "stage 03 skipped: student from random weights, 3,500 steps on pairs"
     grid.add(skipped, stage("04", few, preset_flow, start_from="scratch", steps=3500, **alone))
     grid.claim("stage 03 helps, equal time", "student, annealed, guided", skipped)
@@ -208,8 +210,8 @@ def grids():
     task = stage("05", teacher, few, only="teacher", reference="shapes")
     for calls in (12, 1):
         grid.variants[f"teacher, calls: {calls}"] = task, "teacher", calls
-    for name, flow in flows.items():
-        grid.add(f"flow, {name}", flow, teacher, few)
+    for name, settings in (("annealed", {}), ("not annealed", plain)):
+        grid.add(f"flow, {name}", stage("03", few, **settings), teacher, few)
     own = stage("02", preset_flow)  # the flow in the teacher's place
     grid.add("flow of the flow's own pairs", stage("03", own), teacher, few)
 
