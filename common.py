@@ -26,10 +26,8 @@ import math
 import os
 import signal
 import sys
-import tarfile
 import time
 import zipfile
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -196,8 +194,8 @@ class UNet(nn.Module):
                 skips.append(c)
 
         # 3. The middle, and the decoder.
-        first, second = ResBlock(c, c, c_emb, dropout, True), ResBlock(c, c, c_emb, dropout)
-        self.middle = nn.ModuleList([first, second])
+        self.middle = nn.ModuleList([ResBlock(c, c, c_emb, dropout, attention=True),
+                                     ResBlock(c, c, c_emb, dropout)])
         for m, size in zip(reversed(mult), reversed(sizes)):
             for i in range(blocks + 1):
                 attention = size in attn and i == blocks
@@ -217,7 +215,8 @@ class UNet(nn.Module):
     @property
     def shape(self):
         """(C, H, W) of an image."""
-        return self.args["channels"], self.args["image_size"], self.args["image_size"]
+        size = self.args["image_size"]
+        return self.args["channels"], size, size
 
     def forward(self, x, t, labels=None):
         """x (B, C, H, W), t (B,) in [0, 1], labels int64 (B,) or None -> velocity (B, C, H, W)."""
@@ -337,8 +336,7 @@ def compiled(cfg, net, calls, batch, training=False):
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # compilers fail in many ways
-        reason = (str(error) or repr(error)).splitlines()[0]
-        say(f"not compiled, so slower: {reason}")
+        say(f"not compiled, so slower: {error!r:.200}")
         return net
     say(f"compiled in {time.monotonic() - began:.0f} s")
     return fast
@@ -470,8 +468,8 @@ class Trainer:
         before = {}
         with contextlib.suppress(ValueError):  # only the main thread may have signals
             if WORLD == 1:
-                before[signal.SIGINT] = signal.signal(signal.SIGINT, ask)
-                before[signal.SIGTERM] = signal.signal(signal.SIGTERM, ask)
+                for number in (signal.SIGINT, signal.SIGTERM):
+                    before[number] = signal.signal(number, ask)
         try:
             yield
         finally:
@@ -514,8 +512,7 @@ class Trainer:
         """One step down the gradient of `loss`, and one of the EMA. `note` is for the log line."""
         cfg, n = self.cfg, self.done
         self.trained.zero_grad()
-        with torch.enable_grad():
-            loss.backward()
+        loss.backward()  # allowed in here: it follows what was recorded before
         norm = nn.utils.clip_grad_norm_(self.weights, 1.0)  # paper: 1
 
         # The learning rate rises over the first `warmup` steps, and falls to 0 over the last
@@ -542,9 +539,6 @@ class Trainer:
 
 
 # -------------------------------------------------------------------------- images and their labels
-CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"  # 170 MB; has no pickles
-CIFAR10_SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
-CIFAR10_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
 SHAPES = ("circle", "square", "triangle")
 COLOURS = {"red": (230, 60, 50), "yellow": (235, 205, 60), "green": (70, 190, 80),
            "cyan": (70, 195, 215), "blue": (70, 100, 235), "magenta": (215, 80, 205)}
@@ -601,48 +595,19 @@ def load_data(source, image_size):
     image_size; with None all must have one size. Prints a line that says what was read. Raises
     UserError, which names the files that are wrong.
     """
+    image_files = importlib.import_module("extras.image_files")  # long, and not about the method
     notes = ""
     if source == "shapes":
         images, labels = draw_shapes(16_384, image_size or 16)
         names = CLASSES
     elif source == "cifar10" or str(source).endswith(".tar.gz"):
-        images, labels = read_cifar10(source, image_size)
-        names = CIFAR10_CLASSES
+        images, labels = image_files.read_cifar10(source, image_size)
+        names = image_files.CIFAR10_CLASSES
     else:
-        from extras.image_files import read_files  # long, and nothing in it is about the method
-        images, labels, names, notes = read_files(Path(source).expanduser(), image_size)
-    height, width = images.shape[2:]
-    line = f"data | {len(images):,} images of {width}x{height} from {source}{notes}"
-    if labels is not None:
-        counts = Counter(labels.tolist())
-        sizes = f"{min(counts.values()):,} to {max(counts.values()):,} images each"
-        if len(counts) <= 20:
-            known = dict(enumerate(names))
-            sizes = ", ".join(f"{known.get(y, y)} {n:,}" for y, n in sorted(counts.items()))
-        line += f" | {len(counts):,} classes: {sizes}"
-    say(line)
+        images, labels, names, notes = image_files.read_files(source, image_size)
+    say(image_files.describe(source, images, labels, names) + notes)
     return images, labels, names
 
-
-def read_cifar10(path, image_size):
-    """(images, labels) of CIFAR-10's binary version, in files of 10,000 records.
-
-    A record is a label byte and 3,072 pixel bytes.
-    """
-    if path == "cifar10":
-        instead = "give --data the path of a zip or folder of its images"
-        path = download(CIFAR10_URL, CIFAR10_SHA256, instead)
-    require(image_size in (None, 32), f"{path} holds 32x32 images: set --image_size 32")
-    try:
-        parts = []
-        with tarfile.open(path) as archive:  # nothing is unpacked to the disk
-            for i in range(1, 6):
-                file = archive.extractfile(f"cifar-10-batches-bin/data_batch_{i}.bin")
-                parts.append(np.frombuffer(file.read(30_730_000), np.uint8).reshape(10_000, 3073))
-        table = torch.from_numpy(np.concatenate(parts))
-    except Exception as error:  # a damaged archive can fail in many ways
-        raise UserError(f"{path} is not CIFAR-10's binary version, or damaged: {error}") from error
-    return table[:, 1:].reshape(-1, 3, 32, 32), table[:, 0].long()
 
 # ---------------------------------------------------------------------------------------- pictures
 
@@ -655,12 +620,12 @@ def save_grid(path, rows, titles=(), columns=()):
     cell = size * max(1, 64 // size) + 2  # small images are enlarged
     bar = 18 if titles else 0
     top = 32 if columns else 0
-    width, height = len(rows[0]) * cell + 2, top + len(rows) * (cell + bar) + 2
-    canvas = Image.new("RGB", (width, height), "white")
+    height = top + len(rows) * (cell + bar) + 2
+    canvas = Image.new("RGB", (len(rows[0]) * cell + 2, height), "white")
     draw = ImageDraw.Draw(canvas)
     for i, column in enumerate(columns):
-        words = [word[:cell // 6] for word in column.split()[:2]]  # as much as there is room for
-        draw.text((i * cell + 4, 2), "\n".join(words), "black", font_size=12)
+        text = column.replace(" ", "\n", 1)  # in two lines
+        draw.text((i * cell + 4, 2), text, "black", font_size=12)
     for r, row in enumerate(rows):
         y = top + r * (cell + bar)
         if titles:
@@ -819,8 +784,8 @@ def start(cfg, name):
     if getattr(cfg, "precision", "") == "auto":
         cfg.precision = "bf16" if has_bf16 else "fp32"
     torch.manual_seed(cfg.seed)  # the networks' first weights
-    threads = torch.get_num_threads()
-    say(f"{name} | {device} x {WORLD}, {threads} threads | torch {torch.__version__}")
+    say(f"{name} | {device} x {WORLD}, {torch.get_num_threads()} threads | "
+        f"torch {torch.__version__}")
     say("settings | " + " ".join(f"{key}={value}" for key, value in settings_of(cfg).items()))
     return device
 

@@ -1,4 +1,4 @@
-"""Read images from a folder or a zip: load_data() in common.py calls read_files().
+"""Read images: CIFAR-10, or a folder or zip of images. load_data() in common.py calls this.
 
 What people have on their disks is varied: other sizes, transparent pictures, hidden folders, labels
 in many forms. What is common is read, and said in one line. What is rare is refused, in a line that
@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import tarfile
 import tempfile
 import zipfile
 from collections import Counter
@@ -19,11 +20,49 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from common import RANK, UserError, read, require, save, say, wait_for_all
+from common import RANK, UserError, download, read, require, save, say, wait_for_all
 
+CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"  # 170 MB; has no pickles
+CIFAR10_SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
+CIFAR10_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 # Hidden files and folders, what macOS adds to a zip, and the entries of a zip that are folders.
 HIDDEN = re.compile(r"(^|/)(\.[^/]|__MACOSX/)|/$")
+
+
+def describe(source, images, labels, names):
+    """A line about a data set; with the name and the size of each class, if there are at most 20."""
+    height, width = images.shape[2:]
+    line = f"data | {len(images):,} images of {width}x{height} from {source}"
+    if labels is None:
+        return line
+    counts = Counter(labels.tolist())
+    sizes = f"{min(counts.values()):,} to {max(counts.values()):,} images each"
+    if len(counts) <= 20:
+        known = dict(enumerate(names))
+        sizes = ", ".join(f"{known.get(y, y)} {n:,}" for y, n in sorted(counts.items()))
+    return f"{line} | {len(counts):,} classes: {sizes}"
+
+
+def read_cifar10(path, image_size):
+    """(images, labels) of CIFAR-10's binary version, in files of 10,000 records.
+
+    A record is a label byte and 3,072 pixel bytes.
+    """
+    if path == "cifar10":
+        instead = "give --data the path of a zip or folder of its images"
+        path = download(CIFAR10_URL, CIFAR10_SHA256, instead)
+    require(image_size in (None, 32), f"{path} holds 32x32 images: set --image_size 32")
+    try:
+        parts = []
+        with tarfile.open(path) as archive:  # nothing is unpacked to the disk
+            for i in range(1, 6):
+                file = archive.extractfile(f"cifar-10-batches-bin/data_batch_{i}.bin")
+                parts.append(np.frombuffer(file.read(30_730_000), np.uint8).reshape(10_000, 3073))
+        table = torch.from_numpy(np.concatenate(parts))
+    except Exception as error:  # a damaged archive can fail in many ways
+        raise UserError(f"{path} is not CIFAR-10's binary version, or damaged: {error}") from error
+    return table[:, 1:].reshape(-1, 3, 32, 32), table[:, 0].long()
 
 
 def read_files(path, image_size):
@@ -32,6 +71,7 @@ def read_files(path, image_size):
     What is rare is refused, in a line that names extras/prepare_images.py.
     """
     # 1. The files, under names like cat/1.png.
+    path = Path(path).expanduser()
     files, read_bytes = list_files(path)
     names = sorted(name for name in files if name.lower().endswith(SUFFIXES))
     others = files.keys() - {"dataset.json", *names}
