@@ -34,7 +34,7 @@ STAGES = {number: common.stage(number) for number in ("01", "02", "03", "04", "0
 MADE = {"01": "01_teacher.pt", "02": "02_pairs.pt", "03": "03_reflow.pt", "04": "04_student.pt"}
 T_QUANTILE = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}  # Student's t, 97.5 %, n values
 # Name in a row of 05: (title, factor, sign of what is better, format). own, fresh: see add_errors().
-SCORES = {"distance": ("FD-shapes", 1, -1, ".3f"), "named": ("named as asked, %", 100, 1, ".1f"),
+SCORES = {"distance": ("FD-shapes", 1, -1, ".3f"), "named": ("matches the request, %", 100, 1, ".1f"),
           "own": ("error, own noise", 1, -1, ".4f"), "fresh": ("error, fresh noise", 1, -1, ".4f"),
           "bend": ("bend of its paths, %", 100, -1, ".2f"),
           "unknown": ("unknown at t = 0.5, %", 100, -1, ".1f")}
