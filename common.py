@@ -817,7 +817,7 @@ def fingerprint(*tensors):
 @contextlib.contextmanager
 def writing(path):
     """`with writing(path) as file:` gives a binary file that gets its name once it is complete."""
-    temporary = Path(f"{path}.{os.getpid()}.tmp")
+    temporary = Path(f"{path}.tmp")
     try:
         temporary.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:

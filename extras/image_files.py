@@ -118,7 +118,9 @@ def read_files(path, image_size):
             file.flush()
             size = len(names) * math.prod(shape)
             images = torch.from_file(file.name, size=size, dtype=torch.uint8)
-            save(cache, images=images.view(len(names), *shape), changed=listed(changed))
+            own = f"{cache}.{os.getpid()}"  # another run may be writing the same
+            save(own, images=images.view(len(names), *shape), changed=listed(changed))
+            os.replace(own, cache)
     wait_for_all()
     content = read(cache, checksums=False)
     notes = f" | changed: {content['changed']} | left out: {listed(suffixes)}"
