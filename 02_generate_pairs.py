@@ -20,7 +20,7 @@ followed: so the stored noise leads to the stored image.
 Reads   out/<preset>/01_teacher.pt
 Writes  out/<preset>/02_pairs.pt, 02_pairs.png; until all pairs are there, 02_pairs.pt.parts, from
         which an interrupted run continues
-Takes   shapes: 4 s on 2 CPU cores (AMD EPYC, torch 2.13)
+Takes   shapes: 2 s on 2 CPU cores (AMD EPYC, torch 2.13)
 """
 import datetime
 import math
