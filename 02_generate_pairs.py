@@ -40,32 +40,17 @@ SETTINGS = {
     "precision": dict(shapes="fp32", others="auto", choices=("fp32", "bf16", "auto"),
                       help="of the network"),
 }
-PART = 512  # ours: pairs in a file, until all are there
-
-
-def follow(net, fast, z, steps, labels, sampler):
-    """x = sampler(net, z, steps, labels) for noises z (N, 3, H, W), batch by batch: float16, as z.
-
-    fast: the same network, compiled for full batches.
-    """
-    x, batch = torch.empty_like(z), sampling_batch(net)
-    for rows in torch.arange(len(z)).split(batch):
-        network = fast if len(rows) == batch else net
-        y = None if labels is None else labels[rows].to(net.device)
-        x[rows] = sampler(network, z[rows].to(net.device).float(), steps, y).half().cpu()
-    return x
 
 
 def make_pairs(cfg, name, net, made_from, n, steps, first_index, sampler=euler):
     """Writes n pairs (z, x = sampler(net, z, steps, labels)) as <out>/<preset>/<name>.
 
     Both are float16 (n, 3, H, W). Their noises are numbered from first_index, their labels uniform
-    over the classes. Each part of the pairs is saved when it is made, so an interrupted run
-    continues; several processes share the parts. Raises UserError if what is there was made with
-    other settings.
+    over the classes. Each batch is saved when it is made, so an interrupted run continues; several
+    processes share the batches. Raises UserError if what is there was made with other settings.
     """
     require(n and steps, f"{n} pairs of {steps} steps: both must be at least 1")
-    path, folder = cfg.folder / name, cfg.folder / f"{name}.parts"
+    path, folder, batch = cfg.folder / name, cfg.folder / f"{name}.parts", sampling_batch(net)
     made = {"made from": made_from, "pairs": n, "steps": steps, "seed": cfg.seed,
             "precision": net.precision}
     complete = path.exists() and not cfg.restart
@@ -80,32 +65,39 @@ def make_pairs(cfg, name, net, made_from, n, steps, first_index, sampler=euler):
     if complete:
         return
 
-    # 1. Follow the noises, part by part.
-    labels = labels_for(cfg.seed, n, net.args["classes"])
-    files = {first: folder / f"{first:09}.pt" for first in range(0, n, PART)}
+    # 1. Which batches are still to be made, by this process?
+    made_in_parts = {**made, "images in a call": batch}
+    files = {first: folder / f"{first:09}.pt" for first in range(0, n, batch)}
     for file in files.values():
         if file.exists():
-            require_same_run(folder, read(file)["made"], made)
+            require_same_run(folder, read(file)["made"], made_in_parts)
     todo = [first for first in list(files)[RANK::WORLD] if not files[first].exists()]
-    batch = sampling_batch(net)
-    say(f"{n:,} pairs x {steps} steps | {len(files)} parts, {batch} images in a call")
-    fast = compiled(cfg, net, len(todo) * PART // batch * steps, batch)
+    say(f"{n:,} pairs x {steps} steps | {len(files)} batches of {batch}")
+
+    # 2. Follow their noises. (The compiled network is for full batches.)
+    labels = labels_for(cfg.seed, n, net.args["classes"])
+    fast = compiled(cfg, net, len(todo) * steps, batch)
     began = logged = time.monotonic()
     for done, first in enumerate(todo, 1):
-        last = min(first + PART, n)
+        last = min(first + batch, n)
         z = noise_for(cfg.seed, range(first_index + first, first_index + last), net.shape).half()
-        y = None if labels is None else labels[first:last]
-        x = follow(net, fast, z, steps, y, sampler)
+        y = None
+        if labels is not None:
+            y = labels[first:last].to(net.device)
+        network = fast if len(z) == batch else net
+        x = sampler(network, z.to(net.device).float(), steps, y)
+        x = x.half().cpu()
         require(x.isfinite().all(), f"images of pairs {first} to {last - 1} are not finite")
-        save(files[first], z=z, x=x, made=made)
+        save(files[first], z=z, x=x, made=made_in_parts)
         now = time.monotonic()
         if now - logged > LOG_SECONDS:
-            left = datetime.timedelta(seconds=round((now - began) / done * (len(todo) - done)))
-            say(f"{name} | part {done} of {len(todo)} | left {left}")
+            left = (now - began) / done * (len(todo) - done)
+            left = datetime.timedelta(seconds=round(left))
+            say(f"{name} | batch {done} of {len(todo)} | left {left}")
             logged = now
     wait_for_all()
 
-    # 2. Join them. The large arrays are mapped files: memory never has to hold them.
+    # 3. Join them. The large arrays are mapped files: memory never has to hold them.
     if RANK == 0:
         arrays = {}
         for key in ("z", "x"):

@@ -10,10 +10,12 @@ If F is the Inception network of 2015 with its published weights, d is called FI
 rounding and the number of images change it. They are printed below the table, and only numbers
 with the same ones may be compared.
 
-For `shapes`, F is a small classifier of drawings, the judge, and d is called FD-shapes. It can be
-compared with nothing but itself. Real drawings that F has not seen are not quite at 0, because
-their mean and covariance come from a finite number of them. The judge also says how often an image
-matches the request: whether it shows the class that was asked for, such as "red triangle".
+F can also be a small classifier of such images, a judge: of drawings for `shapes`, of photos for
+`cifar10_quick`, or one of your own (extras/train_judge.py). Then d is called FD-shapes or
+FD-cifar10, and can be compared with nothing but itself. Real drawings that F has not seen are not
+quite at 0, because their mean and covariance come from a finite number of them. A judge also says
+how often an image matches the request: whether it shows the class that was asked for, such as "red
+triangle".
 
 All networks are judged by images from the same noises, which nothing was trained on.
 
@@ -34,9 +36,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from common import (CLASSES, EVALUATION, RANK, WORLD, Attention, compiled, download, draw_shapes,
-                    fingerprint, from_uint8, labels_for, load, load_images, load_network, read,
-                    require, run, samples, sampling_batch, save_grid, say, start, to_uint8, writing)
+from common import (EVALUATION, RANK, WORLD, Attention, compiled, download, draw_shapes,
+                    fingerprint, from_uint8, labels_for, load, load_data, load_images,
+                    load_network, read, require, run, samples, sampling_batch, save_grid, say,
+                    start, to_uint8, writing)
 
 SETTINGS = {
     "only": dict(others="all", choices=("all", "teacher", "flow", "student"),
@@ -47,8 +50,9 @@ SETTINGS = {
     "teacher_steps": dict(shapes=12, cifar10_quick=50, others=100, help="Euler steps"),
     "flow_steps": dict(shapes=6, cifar10_quick=25, others=100, help="Euler steps"),
     "student_steps": dict(others=1, help="Euler steps"),
-    "metric": dict(shapes="fd_shapes", others="fid", choices=("fd_shapes", "fid", "none"),
-                   help="the distance"),
+    "metric": dict(shapes="shapes", cifar10_quick="cifar10", others="fid",
+                   help="whose features: fid (Inception's), shapes, cifar10 or the file of a judge; "
+                        "or none"),
     "resize": dict(others="tf1", choices=("tf1", "pytorch_fid"), help="for FID. paper: tf1"),
     "rounding": dict(shapes="round", others="truncate", choices=("round", "truncate"),
                      help="to uint8. paper: truncate"),
@@ -148,15 +152,26 @@ def make_images(net, cfg, n, steps, labels, fast=None):
 
 
 def feature_network(cfg, device):
-    """(F, fc, name, id of its weights). F: uint8 (B, 3, H, W) -> features (B, D); fc: -> scores."""
+    """(F, fc, facts). F: uint8 (B, 3, H, W) -> features (B, D); fc: features -> scores of classes.
+
+    facts: what the distance is called, whose weights F has, and the names of its classes.
+    """
     if cfg.metric == "fid":
-        net = load_inception(device)
-        return (lambda x: inception_features(net, x, cfg.resize)), net.fc, "FID", INCEPTION_SHA256
-    judge = read(Path(__file__).parent / "extras" / "shapes_judge.pt")
-    net = ShapeNet().to(device).eval()
+        inception = load_inception(device)
+        facts = {"metric": "FID", "judge": INCEPTION_SHA256, "resize": cfg.resize, "classes": []}
+        return (lambda x: inception_features(inception, x, cfg.resize)), inception.fc, facts
+    path = Path(cfg.metric)
+    if not path.suffix:
+        path = Path(__file__).parent / "extras" / f"{cfg.metric}_judge.pt"
+    require(path.exists(), f"--metric {cfg.metric}: choose fid, none, shapes, cifar10, or the file "
+            "of a judge that extras/train_judge.py made")
+    judge = read(path)
+    net = Judge(len(judge["classes"]), judge["widths"], judge["convs"]).to(device).eval()
     net.load_state_dict(judge["weights"])
-    say(f"judge | right on {judge['accuracy']:.2%} of unseen drawings; {judge['made_with']}")
-    return (lambda x: net(from_uint8(x))), net.fc, "FD-shapes", judge["id"]
+    say(f"judge | right on {judge['accuracy']:.2%} of unseen images; {judge['made_with']}")
+    name = "FD-" + path.stem.removesuffix("_judge")
+    facts = {"metric": name, "judge": judge["id"], "classes": judge["classes"]}
+    return (lambda x: net(from_uint8(x))), net.fc, facts
 
 
 COLUMNS = {"network": "", "calls": "", "distance": ".3f", "named": ".1%", "parameters": ",",
@@ -196,19 +211,19 @@ def main(cfg):
     protocol = {"metric": "none", "reference": cfg.reference, "n_samples": cfg.n_samples,
                 "precision": cfg.precision, "rounding": cfg.rounding, "seed": cfg.seed,
                 "first_noise": EVALUATION}
+    judged = []  # the names of the classes that the judge knows
     if cfg.metric != "none":
-        source, real = reference_images(cfg, size)
-        features_of, fc, metric, weights = feature_network(cfg, device)
+        features_of, fc, facts = feature_network(cfg, device)
+        judged = facts.pop("classes")
+        source, real = reference_images(cfg, size, judged)
         fewest, dimensions = min(cfg.n_samples, len(real)), fc.in_features
         require(fewest >= dimensions or cfg.allow_few,
-                f"{fewest} images are fewer than the {dimensions} features of {metric}, which "
-                "makes the distance too large. Take more, or --allow_few")
+                f"{fewest} images are fewer than the {dimensions} features of {facts['metric']}, "
+                "which makes the distance too large. Take more, or --allow_few")
         parts = real[RANK::WORLD].split(BATCH)
         mu, sigma = gaussian((features_of(part.to(device)) for part in parts), dimensions)
-        protocol.update(metric=metric, reference=source, n_reference=len(real), judge=weights,
+        protocol.update(**facts, reference=source, n_reference=len(real),
                         reference_id=fingerprint(mu, sigma))
-        if metric == "FID":
-            protocol["resize"] = cfg.resize
 
     # 3. Distance and share of matches of any images, uint8 (N, 3, H, W), with their labels (N,).
     def measure(images, labels):
@@ -216,7 +231,7 @@ def main(cfg):
             return None, None
         features = [features_of(part.to(device)) for part in images.split(BATCH)]
         distance = frechet_distance(*gaussian(features, dimensions), mu, sigma)
-        if metric == "FID" or labels is None:
+        if labels is None or names != judged:
             return distance, None
         found = torch.cat([fc(part).argmax(1) for part in features]).cpu()
         matches = (found == labels[RANK::WORLD]).sum()
@@ -226,7 +241,7 @@ def main(cfg):
     # one noise: only the row of real drawings has none.
     rows, pictures = [], {}
     requests = torch.tensor([7 * i % len(names) for i in range(12)]) if names else None
-    if cfg.metric == "fd_shapes":
+    if cfg.metric == "shapes":  # a program can draw more real images
         drawings, labels = draw_shapes(cfg.n_samples, size, seed=1)
         distance, named = measure(drawings[RANK::WORLD], labels)
         row = dict.fromkeys(COLUMNS)
@@ -266,15 +281,19 @@ def main(cfg):
         say("\n".join(["", *lines, f"wrote {cfg.folder}/05_{stem}.md, .json, 05_{picture}.png"]))
 
 
-def reference_images(cfg, size):
-    """(Their source, uint8 (N, 3, H, W)): --reference, or what the teacher was trained on."""
+def reference_images(cfg, size, judged):
+    """(Their source, uint8 (N, 3, H, W)): --reference, or what the teacher was trained on.
+
+    judged: the names of the classes that the judge knows, or []. Raises UserError if the teacher
+    was trained on other images.
+    """
     if cfg.reference:
         return cfg.reference, load_images(cfg.reference, size)[0]
     teacher = load(cfg, "01_teacher.pt")
     source = teacher["settings"]["data"]
-    require(cfg.metric != "fd_shapes" or source == "shapes",
-            f"FD-shapes measures drawings, not {source}: set --metric fid or none")
-    images = load_images(source, size)[0]
+    images, _, names = load_data(source, size)
+    require(not judged or names == judged, f"the judge {cfg.metric} knows other classes than those "
+            f"of {source}: set --metric fid or none, or make a judge with extras/train_judge.py")
     known = teacher["made_from"].get("data")  # an imported teacher does not know
     require(known in (None, fingerprint(images)), f"{source} does not hold the images that the "
             "teacher was trained on any more: give them with --reference")
@@ -423,27 +442,36 @@ def load_inception(device):
     return net.to(device).eval()
 
 
-# --------------------------------------------------------------------------------------- FD-shapes
+# ------------------------------------------------------------------------------------------- judges
 
-class ShapeNet(nn.Module):
-    """The judge of FD-shapes: a small classifier of drawings, trained by extras/train_judge.py.
+class Judge(nn.Module):
+    """A small classifier of images, trained by extras/train_judge.py.
 
-    Maps images (B, 3, H, W) to features (B, 112), the means of all channels of three layers, so
-    that edges count as well as shapes. fc(features) (B, 18): the scores of the classes.
+    Maps images (B, 3, H, W) to features (B, D): the means of all channels of each level, so that
+    edges and colours count as well as what is shown. fc(features): the scores of the classes.
+    A level has `convs` convolutions, and half the size of the one before.
     """
 
-    def __init__(self):
+    def __init__(self, classes, widths, convs):
         super().__init__()
-        self.layer1 = Conv(3, 16, 3, padding=1)
-        self.layer2 = Conv(16, 32, 3, padding=1)
-        self.layer3 = Conv(32, 64, 3, padding=1)
-        self.fc = nn.Linear(112, len(CLASSES))
+        self.levels = nn.ModuleList()
+        c = 3
+        for width in widths:
+            level = nn.Sequential()
+            for _ in range(convs):
+                level.append(Conv(c, width, 3, padding=1))
+                c = width
+            self.levels.append(level)
+        self.fc = nn.Linear(sum(widths), classes)
 
     def forward(self, x):
-        h1 = self.layer1(x)  # (B, 16, H, W)
-        h2 = self.layer2(F.max_pool2d(h1, 2))  # (B, 32, H/2, W/2)
-        h3 = self.layer3(F.max_pool2d(h2, 2))  # (B, 64, H/4, W/4)
-        return torch.cat([h.mean(dim=(2, 3)) for h in (h1, h2, h3)], dim=1)
+        features = []
+        for level in self.levels:
+            if features:
+                x = F.max_pool2d(x, 2)
+            x = level(x)  # (B, width, H, W), then half of H and W, and so on
+            features.append(x.mean(dim=(2, 3)))
+        return torch.cat(features, dim=1)
 
 
 if __name__ == "__main__":

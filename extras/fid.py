@@ -3,7 +3,7 @@
     python extras/fid.py --images mine.zip --reference theirs/
     python extras/fid.py --images mine.zip --reference cifar10-32x32.npz   # mu and sigma, as EDM's
 
-It is FID with Inception's published weights; --metric fd_shapes compares drawings.
+It is FID with Inception's published weights; --metric shapes or cifar10 takes a judge's features.
 
 Reads   two folders or zips of images of one size, or one of them and an .npz with mu and sigma
 Writes  nothing: it prints the distance, and all that it depends on
@@ -20,7 +20,7 @@ from common import UserError, load_images, require, run, say, stage, start
 SETTINGS = {
     "images": dict(others="", help="a folder or zip"),
     "reference": dict(others="", help="a folder or zip, or an .npz"),
-    "metric": dict(others="fid", choices=("fid", "fd_shapes"), help="the distance"),
+    "metric": dict(others="fid", help="whose features: fid (Inception's), or a judge's (stage 05)"),
     "resize": dict(others="tf1", choices=("tf1", "pytorch_fid"), help="for FID. paper: tf1"),
     "allow_few": dict(others=False, help="fewer images than features, too"),
 }
@@ -38,7 +38,7 @@ def read_statistics(path):
 def main(cfg):
     require(cfg.images and cfg.reference, "give --images and --reference")
     device, evaluation = start(cfg, "fid"), stage("05")
-    features_of, fc, metric, weights = evaluation.feature_network(cfg, device)
+    features_of, fc, facts = evaluation.feature_network(cfg, device)
     gaussians, shapes, dimensions = [], [], fc.in_features
     for source in (cfg.images, cfg.reference):
         if source.endswith(".npz"):
@@ -47,8 +47,8 @@ def main(cfg):
             continue
         images = load_images(source, None)[0]
         require(len(images) >= dimensions or cfg.allow_few, f"{len(images)} images are fewer than "
-                f"the {dimensions} features of {metric}, which makes the distance too large. Take "
-                "more, or --allow_few")
+                f"the {dimensions} features of {facts['metric']}, which makes the distance too large. "
+                "Take more, or --allow_few")
         shapes.append(images.shape[1:])
         require(shapes[-1] == shapes[0], f"{source} holds images of another size than {cfg.images}: "
                 "bring them to one size first")
@@ -56,8 +56,7 @@ def main(cfg):
         batches = (features_of(part.to(device)) for part in parts)
         gaussians.append(evaluation.gaussian(batches, dimensions))
     distance = evaluation.frechet_distance(*gaussians[0], *gaussians[1])
-    resize = f", resize {cfg.resize}" if metric == "FID" else ""
-    say(f"{metric} {distance:.3f} | {cfg.images}, {cfg.reference}, weights {weights[:16]}{resize}")
+    say(f"{facts['metric']} {distance:.3f} | {cfg.images}, {cfg.reference}, {facts}")
     return distance
 
 

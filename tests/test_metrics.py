@@ -54,7 +54,7 @@ def test_fd_shapes_sees_what_a_person_would_see_and_the_judge_names_drawings(mon
         return s.gaussian(map(features_of, images.split(512)), fc.in_features)
 
     s, (unseen, labels) = script("05"), draw_shapes(1024, 16, seed=1)
-    features_of, fc, name, _ = s.feature_network(settings_of("05"), CPU)
+    features_of, fc, facts = s.feature_network(settings_of("05"), CPU)
     sets = {"unseen": unseen, "noise": to_uint8(from_uint8(unseen) + 0.3 * torch.randn(unseen.shape)),
             "circles": unseen[labels < 6], "blur": blurred(unseen)}
     with monkeypatch.context() as patch:
@@ -63,7 +63,7 @@ def test_fd_shapes_sees_what_a_person_would_see_and_the_judge_names_drawings(mon
     assert (sets["rounded"] == unseen).flatten(1).all(1)[(labels < 6) | (labels > 11)].all()  # only squares
     real = gaussian_of(draw_shapes(8000, 16)[0])
     floor, *others = (s.frechet_distance(*gaussian_of(images), *real) for images in sets.values())
-    assert name == "FD-shapes" and min(others) > 5 * floor, (floor, others)
+    assert facts["metric"] == "FD-shapes" and min(others) > 5 * floor, (floor, others)
     test, kinds = draw_shapes(2000, 16, seed=10**6)
     assert (fc(features_of(test)).argmax(1) == kinds).float().mean() >= 0.995
 
