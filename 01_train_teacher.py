@@ -41,8 +41,8 @@ Takes   shapes: half a minute on 2 CPU cores (AMD EPYC, torch 2.13)
 """
 import torch
 
-from common import (EPS, Trainer, UNet, fingerprint, from_uint8, load_data, require, run, samples,
-                    save_grid, save_network, say, start)
+from common import (EPS, Trainer, fingerprint, from_uint8, load_data, new_network, require, run,
+                    samples, save_grid, save_network, say, start)
 
 SETTINGS = {
     "data": dict(shapes="shapes", ffhq64="ffhq-64x64.zip", imagenet64="imagenet-64x64.zip",
@@ -110,20 +110,19 @@ def main(cfg):
     if cfg.conditional:
         require(labels is not None, f"--conditional needs labels, and {cfg.data} has none")
         made_from["labels"] = fingerprint(labels)
-        numbers = set(labels.tolist())
-        classes = len(numbers)
-        absent = [number for number in range(classes) if number not in numbers]
-        require(not absent, f"{cfg.data} has labels up to {max(numbers)}, no images of class "
-                f"{absent[:10]}. A class without images cannot be learned: leave no gaps")
+        classes = len(labels.unique())
+        require(labels.min() == 0 and labels.max() == classes - 1, f"{cfg.data} has {classes} "
+                f"classes, but labels from {labels.min()} to {labels.max()}. A class without images "
+                "cannot be learned: number them 0, 1, 2, ... without gaps")
         require(not names or len(names) >= classes,
                 f"{cfg.data} has {classes} classes, but {len(names)} names for them")
     else:
         labels = None
 
     # 2. The network.
-    net = UNet(cfg.image_size, 3, cfg.base, cfg.mult, cfg.blocks, cfg.attn, classes, cfg.dropout,
-               cfg.precision).to(device)
-    net.class_names = names[:classes]
+    net = new_network(cfg, cfg.image_size, classes).to(device)
+    if names:
+        net.class_names = names[:classes]
     say(f"teacher | {sum(p.numel() for p in net.parameters()):,} parameters, {classes} classes")
 
     # 3. Training.

@@ -50,7 +50,7 @@ def make_pairs(cfg, name, net, made_from, n, steps, first_index, sampler=euler):
     processes share the batches. Raises UserError if what is there was made with other settings.
     """
     require(n and steps, f"{n} pairs of {steps} steps: both must be at least 1")
-    path, folder, batch = cfg.folder / name, cfg.folder / f"{name}.parts", sampling_batch(net)
+    path, folder = cfg.folder / name, cfg.folder / f"{name}.parts"
     made = {"made from": made_from, "pairs": n, "steps": steps, "seed": cfg.seed,
             "precision": net.precision}
     complete = path.exists() and not cfg.restart
@@ -66,12 +66,14 @@ def make_pairs(cfg, name, net, made_from, n, steps, first_index, sampler=euler):
         return
 
     # 1. Which batches are still to be made, by this process?
+    batch = sampling_batch(net)
     made_in_parts = {**made, "images in a call": batch}
     files = {first: folder / f"{first:09}.pt" for first in range(0, n, batch)}
     for file in files.values():
         if file.exists():
             require_same_run(folder, read(file)["made"], made_in_parts)
-    todo = [first for first in list(files)[RANK::WORLD] if not files[first].exists()]
+    mine = list(files)[RANK::WORLD]
+    todo = [first for first in mine if not files[first].exists()]
     say(f"{n:,} pairs x {steps} steps | {len(files)} batches of {batch}")
 
     # 2. Follow their noises. (The compiled network is for full batches.)
@@ -80,7 +82,8 @@ def make_pairs(cfg, name, net, made_from, n, steps, first_index, sampler=euler):
     began = logged = time.monotonic()
     for done, first in enumerate(todo, 1):
         last = min(first + batch, n)
-        z = noise_for(cfg.seed, range(first_index + first, first_index + last), net.shape).half()
+        indices = range(first_index + first, first_index + last)
+        z = noise_for(cfg.seed, indices, net.shape).half()
         y = None
         if labels is not None:
             y = labels[first:last].to(net.device)
@@ -125,7 +128,8 @@ def main(cfg):
     make_pairs(cfg, "02_pairs.pt", teacher, made_from, cfg.n_pairs, cfg.sample_steps, PAIRS)
 
     # 3. Look at the first ones.
-    save_grid(cfg.folder / "02_pairs.png", load(cfg, "02_pairs.pt")["x"][:64].split(8))
+    images = load(cfg, "02_pairs.pt")["x"][:64]
+    save_grid(cfg.folder / "02_pairs.png", images.split(8))
     say(f"wrote {cfg.folder}/02_pairs.pt, 02_pairs.png | next: 03_annealing_reflow.py")
 
 

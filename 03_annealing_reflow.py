@@ -40,7 +40,7 @@ import math
 
 import torch
 
-from common import (Trainer, UNet, load, load_network, require, run, samples, save_grid,
+from common import (Trainer, load, load_network, new_network, require, run, samples, save_grid,
                     save_network, say, stage, start)
 
 draw_t = stage("01").draw_t
@@ -118,9 +118,8 @@ def main(cfg):
     if cfg.start_from == "teacher":
         net, _ = load_network(cfg, "01_teacher.pt", device)
     else:
-        net = UNet(size, 3, cfg.base, cfg.mult, cfg.blocks, cfg.attn, classes, cfg.dropout,
-                   cfg.precision).to(device)
-    net.class_names = pairs.get("class_names", [])
+        net = new_network(cfg, size, classes).to(device)
+    net.class_names = pairs.get("class_names", net.class_names)
     say(f"small network | {sum(p.numel() for p in net.parameters()):,} parameters")
 
     # 3. Training, while beta falls.
@@ -137,7 +136,8 @@ def main(cfg):
             x = torch.where(mirrored, x.flip(3), x)
         t = draw_t(len(x), cfg.t_distribution, device)
         b = beta(step, cfg)
-        trainer.update(reflow_loss(trainer.net, z, x, t, b, y), note=f"beta {b:.3f}")
+        loss = reflow_loss(trainer.net, z, x, t, b, y)
+        trainer.update(loss, note=f"beta {b:.3f}")
 
     # 4. Keep the averaged weights, and look: one call above, 25 calls below, from the same noises.
     save_network(cfg, "03_reflow.pt", trainer.ema, pairs["lineage"])

@@ -87,12 +87,14 @@ def pseudo_huber(x, y):
     c = 0.00054 sqrt(pixels). Song & Dhariwal, 2310.14189.
     """
     c = 0.00054 * math.sqrt(x[0].numel())
-    return ((x - y).square().sum(dim=(1, 2, 3)) + c**2).sqrt() - c
+    squares = (x - y).square().sum(dim=(1, 2, 3))
+    return (squares + c**2).sqrt() - c
 
 
 def first_velocity(net, z, labels=None):
     """v(z, EPS), the velocity at the start: (B, C, H, W). The student's one call."""
-    return net(z, torch.full(z.shape[:1], EPS, device=z.device), labels)
+    t = torch.full(z.shape[:1], EPS, device=z.device)
+    return net(z, t, labels)
 
 
 def distill_loss(velocity, z, x, distance):
@@ -165,20 +167,23 @@ def main(cfg):
         z, x, y = trainer.draw(pairs["z"], pairs["x"], pairs["labels"])
         z, x = z.float(), x.float()  # (B, 3, H, W)
         if cfg.guidance == 0:
-            trainer.update(distill_loss(first_velocity(trainer.net, z, y), z, x, distance))
+            velocity = first_velocity(trainer.net, z, y)
+            trainer.update(distill_loss(velocity, z, x, distance))
             continue
         z_2step = torch.randn_like(z) if cfg.guide_from == "noise" else z
         y_both = None if y is None else torch.cat([y, y])
         both = first_velocity(trainer.net, torch.cat([z, z_2step]), y_both)
         v_pairs, v_2step = both.chunk(2)
-        t = cfg.t_low + (cfg.t_high - cfg.t_low) * torch.rand(len(z), device=device)
+        t = torch.rand(len(z), device=device)
+        t = cfg.t_low + (cfg.t_high - cfg.t_low) * t
         loss = distill_loss(v_pairs, z, x, distance)
         loss = loss + cfg.guidance * guided_loss(v_2step, flow, z_2step, t, distance, y)
         trainer.update(loss)
 
     # 5. Keep the averaged weights, and look at them: one call each.
     save_network(cfg, "04_student.pt", trainer.ema, made_from)
-    save_grid(cfg.folder / "04_samples.png", samples(trainer.ema, cfg.seed, range(64), 1).split(8))
+    images = samples(trainer.ema, cfg.seed, range(64), 1)
+    save_grid(cfg.folder / "04_samples.png", images.split(8))
     say(f"wrote {cfg.folder}/04_student.pt, 04_samples.png | next: 05_eval_fid.py")
 
 
@@ -199,17 +204,18 @@ class LPIPS(nn.Module):
     position, and their squared differences are weighted by channel. The names of the weights are
     those of the published files.
     """
-    GROUPS = (64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512)  # of VGG16
+    GROUPS = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))  # VGG16's channels and layers
 
     def __init__(self):
         super().__init__()
         layers, c = [], 3
         self.compared = []  # the layer at the end of each group
-        for i, widths in enumerate(self.GROUPS):
+        for i, (width, convs) in enumerate(self.GROUPS):
             if i > 0:
                 layers.append(nn.MaxPool2d(2))
-            for width in widths:
-                layers += [nn.Conv2d(c, width, 3, padding=1), nn.ReLU()]
+            for _ in range(convs):
+                layers.append(nn.Conv2d(c, width, 3, padding=1))
+                layers.append(nn.ReLU())
                 c = width
             self.compared.append(len(layers) - 1)
             weight = nn.Conv2d(c, 1, 1, bias=False)
@@ -230,13 +236,16 @@ class LPIPS(nn.Module):
             h = layer(h)
             if i in self.compared:
                 # Where all channels are 0, the root alone would have no gradient (0/0).
-                yield h / (h.square().sum(1, keepdim=True) + 1e-20).sqrt()
+                squares = h.square().sum(1, keepdim=True)
+                yield h / (squares + 1e-20).sqrt()
 
     def forward(self, x, y):
-        distance = 0
-        for i, (a, b) in enumerate(zip(self.unit_features(x), self.unit_features(y))):
+        distance, features_of_y = 0, self.unit_features(y)
+        for i, a in enumerate(self.unit_features(x)):
+            b = next(features_of_y)
             weight = self.get_submodule(f"lin{i}.model.1").weight[0]  # (C, 1, 1), positive
-            distance = distance + ((a - b).square() * weight).sum(1).mean(dim=(1, 2))
+            squares = (a - b).square() * weight  # (B, C, h, w)
+            distance = distance + squares.sum(1).mean(dim=(1, 2))
         return distance
 
 
@@ -246,10 +255,9 @@ def load_lpips(device):
     for url, sha256 in ((VGG_URL, VGG_SHA256), (LPIPS_URL, LPIPS_SHA256)):
         file = download(url, sha256, instead)
         weights.update(torch.load(file, map_location="cpu", weights_only=True))
-    # VGG's file also holds the layers that name ImageNet's classes.
-    weights = {key: value for key, value in weights.items() if not key.startswith("classifier")}
     lpips = LPIPS()
-    lpips.load_state_dict(weights)
+    # VGG's file also holds the layers that name ImageNet's classes.
+    lpips.load_state_dict({key: weights[key] for key in lpips.state_dict()})
     return lpips.to(device)
 
 

@@ -28,6 +28,7 @@ To make images of your own choice: extras/sample.py. To compare any two sets: ex
 """
 import json
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -36,10 +37,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from common import (EVALUATION, RANK, WORLD, Attention, compiled, download, draw_shapes,
-                    fingerprint, from_uint8, labels_for, load, load_data, load_images,
-                    load_network, read, require, run, samples, sampling_batch, save_grid, say,
-                    start, to_uint8, writing)
+from common import (EVALUATION, RANK, WORLD, Attention, compiled, download, fingerprint,
+                    from_uint8, labels_for, load, load_data, load_network, read, require, run,
+                    samples, sampling_batch, save_grid, say, start, to_uint8, writing)
+from extras.drawings import draw_shapes
 
 SETTINGS = {
     "only": dict(others="all", choices=("all", "teacher", "flow", "student"),
@@ -63,30 +64,24 @@ SETTINGS = {
 BATCH = 128  # ours: images per call of F
 
 
+def root(sigma):
+    """L (D, rank) with sigma = L L^T (D, D), from the eigenvectors with an eigenvalue above 0."""
+    w, v = torch.linalg.eigh(sigma)
+    keep = w > len(w) * torch.finfo(w.dtype).eps * w.max()
+    return v[:, keep] * w[keep].sqrt()
+
+
 def frechet_distance(mu1, sigma1, mu2, sigma2):
-    """The Frechet distance of two Gaussians, a float >= 0, in float64. mu (D,), sigma (D, D).
+    """The Frechet distance of two Gaussians, a float >= 0. mu (D,), sigma (D, D), all float64.
 
     With S = L L^T for both, tr (S1 S2)^(1/2) is the sum of the singular values of L1^T L2: their
-    squares are the eigenvalues of S1 S2. L comes from the eigenvectors of S without those of
-    eigenvalue 0. So it is exact for singular covariances, too (fewer images than features), where
-    a matrix root is not. Raises UserError if a Gaussian is not one.
+    squares are the eigenvalues of S1 S2. This is exact for singular covariances, too (fewer images
+    than features), where the root of a matrix is not.
     """
-    given = (mu1, sigma1, mu2, sigma2)
-    mu1, sigma1, mu2, sigma2 = (torch.as_tensor(a).cpu().double() for a in given)
-    factors = []
-    for mu, sigma in ((mu1, sigma1), (mu2, sigma2)):
-        require(mu.shape == mu1.shape and sigma.shape == (len(mu), len(mu)),
-                f"the Gaussians differ in dimension: {tuple(mu1.shape)}, {tuple(sigma.shape)}")
-        finite = mu.isfinite().all() and sigma.isfinite().all()
-        require(finite, "a mean or covariance is not finite")
-        asymmetry = (sigma - sigma.T).abs().max()
-        require(asymmetry <= 1e-6 * sigma.abs().max(), "a covariance is not symmetric")
-        w, v = torch.linalg.eigh((sigma + sigma.T) / 2)
-        keep = w > len(w) * torch.finfo(w.dtype).eps * w.max()
-        factors.append(v[:, keep] * w[keep].sqrt())  # L, (D, rank)
-    root_trace = torch.linalg.svdvals(factors[0].T @ factors[1]).sum()
+    root_trace = torch.linalg.svdvals(root(sigma1).T @ root(sigma2)).sum()
     # d = |m1 - m2|^2 + tr( S1 + S2 - 2 (S1 S2)^(1/2) )
-    distance = (mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * root_trace
+    distance = (mu1 - mu2).square().sum()
+    distance = distance + sigma1.trace() + sigma2.trace() - 2 * root_trace
     return max(0.0, distance.item())
 
 
@@ -109,15 +104,14 @@ def gaussian(batches, dimensions):
         outer += features.T @ features
     n, total, outer = sum_of_processes(n), sum_of_processes(total), sum_of_processes(outer)
     mu = total / n
-    return mu, (outer - n * torch.outer(mu, mu)) / (n - 1).clamp(min=1)
+    outer = outer - n * torch.outer(mu, mu)
+    return mu, outer / (n - 1).clamp(min=1)
 
 
 def count_macs(net):
     """Multiply-adds of a call for one image, without the attention blocks, as the paper counts."""
-    x = torch.zeros(1, *net.shape, device=net.device)
-    labels = torch.zeros(1, dtype=torch.int64, device=net.device) if net.args["classes"] else None
     with FlopCounterMode(display=False) as counter:
-        net(x, x[:, 0, 0, 0], labels)
+        samples(net, 0, range(1), 1)  # one image in one call
     operations = counter.get_total_flops()
     for name, module in net.named_modules():
         if isinstance(module, Attention):
@@ -129,25 +123,21 @@ def quantise(x, rounding):
     """float -1..1 -> uint8. Official code truncates: images get darker by half a grey level."""
     if rounding == "round":
         return to_uint8(x)
-    return ((x.clamp(-1, 1) + 1) / 2 * 255).to(torch.uint8)
+    x = (x.clamp(-1, 1) + 1) / 2
+    return (255 * x).to(torch.uint8)
 
 
-def class_names(net):
-    """The names of the network's classes; numbers where they are unknown."""
-    return net.class_names or [str(i) for i in range(net.args["classes"])]
-
-
-def make_images(net, cfg, n, steps, labels, fast=None):
+def make_images(net, fast, cfg, n, steps, labels):
     """This process's images of the n that the network makes: uint8 (N, 3, H, W).
 
     labels: (n,) or None. fast: the same network, compiled for batches of sampling_batch(net).
     """
-    batch, mine = sampling_batch(net), range(RANK, n, WORLD)
-    made = [torch.empty(0, *net.shape, dtype=torch.uint8)]
+    batch, mine, made = sampling_batch(net), range(RANK, n, WORLD), []
     for first in range(0, len(mine), batch):
         numbers = mine[first:first + batch]
-        network = fast if fast is not None and len(numbers) == batch else net
-        made.append(quantise(samples(network, cfg.seed, numbers, steps, labels), cfg.rounding))
+        network = fast if len(numbers) == batch else net
+        x = samples(network, cfg.seed, numbers, steps, labels)
+        made.append(quantise(x, cfg.rounding))
     return torch.cat(made)
 
 
@@ -157,21 +147,22 @@ def feature_network(cfg, device):
     facts: what the distance is called, whose weights F has, and the names of its classes.
     """
     if cfg.metric == "fid":
-        inception = load_inception(device)
+        net = load_inception(device)
         facts = {"metric": "FID", "judge": INCEPTION_SHA256, "resize": cfg.resize, "classes": []}
-        return (lambda x: inception_features(inception, x, cfg.resize)), inception.fc, facts
+        return partial(inception_features, net, resize=cfg.resize), net.fc, facts
     path = Path(cfg.metric)
     if not path.suffix:
         path = Path(__file__).parent / "extras" / f"{cfg.metric}_judge.pt"
     require(path.exists(), f"--metric {cfg.metric}: choose fid, none, shapes, cifar10, or the file "
             "of a judge that extras/train_judge.py made")
     judge = read(path)
-    net = Judge(len(judge["classes"]), judge["widths"], judge["convs"]).to(device).eval()
+    classes = judge["classes"]
+    net = Judge(len(classes), judge["widths"], judge["convs"])
     net.load_state_dict(judge["weights"])
+    net = net.to(device).eval()
     say(f"judge | right on {judge['accuracy']:.2%} of unseen images; {judge['made_with']}")
-    name = "FD-" + path.stem.removesuffix("_judge")
-    facts = {"metric": name, "judge": judge["id"], "classes": judge["classes"]}
-    return (lambda x: net(from_uint8(x))), net.fc, facts
+    name = path.stem.removesuffix("_judge")
+    return net.features, net.fc, {"metric": f"FD-{name}", "judge": judge["id"], "classes": classes}
 
 
 COLUMNS = {"network": "", "calls": "", "distance": ".3f", "named": ".1%", "parameters": ",",
@@ -183,8 +174,12 @@ def table(rows, metric):
     lines = [f"| network | calls | {metric} | matches the request | parameters | MACs | ms/image |",
              "|---|" + "---:|" * 6]
     for row in rows:
-        cells = ["-" if row[key] is None else format(row[key], COLUMNS[key]) for key in COLUMNS]
-        lines.append(f"| {' | '.join(cells)} |")
+        line = "|"
+        for key, form in COLUMNS.items():
+            value = row.get(key)
+            cell = "-" if value is None else format(value, form)
+            line += f" {cell} |"
+        lines.append(line)
     return lines
 
 
@@ -192,7 +187,7 @@ def table(rows, metric):
 def main(cfg):
     device = start(cfg, "05 evaluation")
     fewest = min(cfg.teacher_steps, cfg.flow_steps, cfg.student_steps)
-    require(cfg.n_samples >= 2 and fewest >= 1,
+    require(cfg.n_samples >= max(2, WORLD) and fewest >= 1,
             "--n_samples must be at least 2, and the steps at least 1")
 
     # 1. The networks, each with its usual number of calls and with a single one.
@@ -205,95 +200,97 @@ def main(cfg):
             networks.append((name, net, steps))
             if steps > 1:
                 networks.append((name, net, 1))
-    size, names = net.args["image_size"], class_names(net)
+    size, names = net.args["image_size"], net.class_names
 
     # 2. The real images, and the Gaussian of their features.
     protocol = {"metric": "none", "reference": cfg.reference, "n_samples": cfg.n_samples,
                 "precision": cfg.precision, "rounding": cfg.rounding, "seed": cfg.seed,
                 "first_noise": EVALUATION}
-    judged = []  # the names of the classes that the judge knows
     if cfg.metric != "none":
         features_of, fc, facts = feature_network(cfg, device)
-        judged = facts.pop("classes")
+        judged = facts.pop("classes")  # the names that the judge knows
+        protocol.update(facts)
         source, real = reference_images(cfg, size, judged)
-        fewest, dimensions = min(cfg.n_samples, len(real)), fc.in_features
+        dimensions = fc.in_features
+        fewest = min(cfg.n_samples, len(real))
         require(fewest >= dimensions or cfg.allow_few,
                 f"{fewest} images are fewer than the {dimensions} features of {facts['metric']}, "
                 "which makes the distance too large. Take more, or --allow_few")
         parts = real[RANK::WORLD].split(BATCH)
         mu, sigma = gaussian((features_of(part.to(device)) for part in parts), dimensions)
-        protocol.update(**facts, reference=source, n_reference=len(real),
-                        reference_id=fingerprint(mu, sigma))
+        protocol.update(reference=source, n_reference=len(real), reference_id=fingerprint(mu, sigma))
 
     # 3. Distance and share of matches of any images, uint8 (N, 3, H, W), with their labels (N,).
     def measure(images, labels):
         if cfg.metric == "none":
-            return None, None
+            return {}
         features = [features_of(part.to(device)) for part in images.split(BATCH)]
-        distance = frechet_distance(*gaussian(features, dimensions), mu, sigma)
-        if labels is None or names != judged:
-            return distance, None
-        found = torch.cat([fc(part).argmax(1) for part in features]).cpu()
-        matches = (found == labels[RANK::WORLD]).sum()
-        return distance, sum_of_processes(matches).item() / cfg.n_samples
+        found = gaussian(features, dimensions)
+        scores = {"distance": frechet_distance(*found, mu, sigma)}
+        if labels is not None and names == judged:
+            seen = fc(torch.cat(features)).argmax(1).cpu()
+            matches = (seen == labels[RANK::WORLD]).sum()
+            scores["named"] = sum_of_processes(matches).item() / cfg.n_samples
+        return scores
 
     # 4. A row of the table for each set of images. In the picture, a column has one request and
     # one noise: only the row of real drawings has none.
-    rows, pictures = [], {}
-    requests = torch.tensor([7 * i % len(names) for i in range(12)]) if names else None
+    rows, pictures, requests = [], {}, None
+    if names:
+        requests = torch.arange(12) * 7 % len(names)
     if cfg.metric == "shapes":  # a program can draw more real images
         drawings, labels = draw_shapes(cfg.n_samples, size, seed=1)
-        distance, named = measure(drawings[RANK::WORLD], labels)
-        row = dict.fromkeys(COLUMNS)
-        row.update(network="real", distance=distance, named=named)
-        rows.append(row)
+        rows.append({"network": "real", **measure(drawings[RANK::WORLD], labels)})
         shown = drawings[:12]
         if names:
             shown = torch.stack([drawings[labels == request][0] for request in requests])
         pictures["real"] = from_uint8(shown)
     for name, net, calls in networks:
         labels, batch = labels_for(cfg.seed, cfg.n_samples, len(names)), sampling_batch(net)
-        macs, parameters = count_macs(net), sum(p.numel() for p in net.parameters())
         fast = compiled(cfg, net, cfg.n_samples // WORLD // batch * calls, batch)
         samples(net, cfg.seed, range(min(batch, cfg.n_samples)), 1, labels)  # a warm-up: not timed
         began = time.monotonic()
-        images = make_images(net, cfg, cfg.n_samples, calls, labels, fast)
+        images = make_images(net, fast, cfg, cfg.n_samples, calls, labels)
         seconds = time.monotonic() - began
-        distance, named = measure(images, labels)
-        rows.append({"network": name, "calls": calls, "distance": distance, "named": named,
-                     "parameters": parameters, "macs": macs, "ms": 1000 * seconds / len(images)})
+        row = {"network": name, "calls": calls, **measure(images, labels)}
+        row["parameters"] = sum(p.numel() for p in net.parameters())
+        row["macs"] = count_macs(net)
+        row["ms"] = 1000 * seconds / len(images)
+        rows.append(row)
         pictures[f"{name}, calls: {calls}"] = samples(net, cfg.seed, range(12), calls, requests)
         say(f"measured | {name}, calls: {calls}")
 
     # 5. The table and the picture.
     if RANK == 0:
-        stem = "results" if cfg.only == "all" else cfg.only
-        picture = "samples" if cfg.only == "all" else cfg.only
-        lines = table(rows, protocol["metric"])
-        lines += ["", ", ".join(f"{key} {value}" for key, value in protocol.items()), ""]
-        with writing(cfg.folder / f"05_{stem}.md") as file:
+        results, picture = "05_results", "05_samples.png"
+        if cfg.only != "all":
+            results, picture = f"05_{cfg.only}", f"05_{cfg.only}.png"
+        conditions = [f"{key} {value}" for key, value in protocol.items()]
+        lines = [*table(rows, protocol["metric"]), "", ", ".join(conditions), ""]
+        with writing(cfg.folder / f"{results}.md") as file:
             file.write("\n".join(lines).encode())
-        with writing(cfg.folder / f"05_{stem}.json") as file:
-            file.write(json.dumps({"protocol": protocol, "rows": rows}, indent=1).encode())
+        content = json.dumps({"protocol": protocol, "rows": rows}, indent=1)
+        with writing(cfg.folder / f"{results}.json") as file:
+            file.write(content.encode())
         columns = [names[request] for request in requests] if names else []
-        path = cfg.folder / f"05_{picture}.png"
-        save_grid(path, list(pictures.values()), list(pictures), columns)
-        say("\n".join(["", *lines, f"wrote {cfg.folder}/05_{stem}.md, .json, 05_{picture}.png"]))
+        save_grid(cfg.folder / picture, list(pictures.values()), list(pictures), columns)
+        say("\n".join(["", *lines, f"wrote {cfg.folder}/{results}.md, .json, {picture}"]))
 
 
 def reference_images(cfg, size, judged):
     """(Their source, uint8 (N, 3, H, W)): --reference, or what the teacher was trained on.
 
     judged: the names of the classes that the judge knows, or []. Raises UserError if the teacher
-    was trained on other images.
+    was trained on other images, or on other classes.
     """
     if cfg.reference:
-        return cfg.reference, load_images(cfg.reference, size)[0]
+        return cfg.reference, load_data(cfg.reference, size)[0]
     teacher = load(cfg, "01_teacher.pt")
     source = teacher["settings"]["data"]
-    images, _, names = load_data(source, size)
-    require(not judged or names == judged, f"the judge {cfg.metric} knows other classes than those "
-            f"of {source}: set --metric fid or none, or make a judge with extras/train_judge.py")
+    images, labels, names = load_data(source, size)
+    other = names != judged and (names or labels is None)
+    require(not judged or not other, f"the judge {cfg.metric} knows other classes than those of "
+            f"{source}: set --metric fid or none, or make a judge with extras/train_judge.py")
     known = teacher["made_from"].get("data")  # an imported teacher does not know
     require(known in (None, fingerprint(images)), f"{source} does not hold the images that the "
             "teacher was trained on any more: give them with --reference")
@@ -337,20 +334,14 @@ class Inception(nn.Module):
         if name not in self._modules:
             if padding == "same":
                 padding = tuple(k // 2 for k in kernel)
-            self.add_module(name, Conv(x.shape[1], c_out, kernel, stride, padding).eval())
+            layer = Conv(x.shape[1], c_out, kernel, stride, padding)
+            self.add_module(name, layer.eval())
         return self._modules[name](x)
 
-    def chain(self, x, name, *layers, stride=1):
-        """Convolutions (channels, kernel) one after the other: name_1, name_2, ...
-
-        A stride of 2 is that of the last, which has no padding then.
-        """
-        last = len(layers)
-        for i, (c_out, kernel) in enumerate(layers, 1):
-            if i == last and stride == 2:
-                x = self.conv(x, f"{name}_{i}", c_out, kernel, stride=2, padding=0)
-            else:
-                x = self.conv(x, f"{name}_{i}", c_out, kernel)
+    def chain(self, x, name, channels, kernels):
+        """Convolutions one after the other: name_1, name_2, ..."""
+        for i, c_out in enumerate(channels):
+            x = self.conv(x, f"{name}_{i + 1}", c_out, kernels[i])
         return x
 
     def forward(self, x):
@@ -364,36 +355,39 @@ class Inception(nn.Module):
         x = conv(x, "Conv2d_3b_1x1", 80, one)
         x = conv(x, "Conv2d_4a_3x3", 192, three, padding=0)
         x = F.max_pool2d(x, 3, 2)  # (B, 192, 35, 35)
-        for name, c_pool in (("Mixed_5b", 32), ("Mixed_5c", 64), ("Mixed_5d", 64)):
-            name += "/branch"
+        for letter, c_pool in zip("bcd", (32, 64, 64)):
+            name = f"Mixed_5{letter}/branch"
             a = conv(x, name + "1x1", 64, one)
-            b = chain(x, name + "5x5", (48, one), (64, five))
-            c = chain(x, name + "3x3dbl", (64, one), (96, three), (96, three))
+            b = chain(x, name + "5x5", [48, 64], [one, five])
+            c = chain(x, name + "3x3dbl", [64, 96, 96], [one, three, three])
             d = conv(average(x), name + "_pool", c_pool, one)
             x = torch.cat([a, b, c, d], dim=1)
         name = "Mixed_6a/branch"
         a = conv(x, name + "3x3", 384, three, stride=2, padding=0)
-        b = chain(x, name + "3x3dbl", (64, one), (96, three), (96, three), stride=2)
+        b = chain(x, name + "3x3dbl", [64, 96], [one, three])
+        b = conv(b, name + "3x3dbl_3", 96, three, stride=2, padding=0)
         x = torch.cat([a, b, F.max_pool2d(x, 3, 2)], dim=1)  # (B, 768, 17, 17)
-        for name, n in (("Mixed_6b", 128), ("Mixed_6c", 160), ("Mixed_6d", 160), ("Mixed_6e", 192)):
-            name += "/branch"
+        for letter, n in zip("bcde", (128, 160, 160, 192)):
+            name = f"Mixed_6{letter}/branch"
             a = conv(x, name + "1x1", 192, one)
-            b = chain(x, name + "7x7", (n, one), (n, row), (192, column))
-            c = chain(x, name + "7x7dbl", (n, one), (n, column), (n, row), (n, column), (192, row))
+            b = chain(x, name + "7x7", [n, n, 192], [one, row, column])
+            c = chain(x, name + "7x7dbl", [n, n, n, n, 192], [one, column, row, column, row])
             d = conv(average(x), name + "_pool", 192, one)
             x = torch.cat([a, b, c, d], dim=1)
         name = "Mixed_7a/branch"
-        a = chain(x, name + "3x3", (192, one), (320, three), stride=2)
-        b = chain(x, name + "7x7x3", (192, one), (192, row), (192, column), (192, three), stride=2)
+        a = conv(x, name + "3x3_1", 192, one)
+        a = conv(a, name + "3x3_2", 320, three, stride=2, padding=0)
+        b = chain(x, name + "7x7x3", [192, 192, 192], [one, row, column])
+        b = conv(b, name + "7x7x3_4", 192, three, stride=2, padding=0)
         x = torch.cat([a, b, F.max_pool2d(x, 3, 2)], dim=1)  # (B, 1280, 8, 8)
         row, column = (1, 3), (3, 1)
-        for name, pool in (("Mixed_7b", average), ("Mixed_7c", nn.MaxPool2d(3, 1, 1))):
-            name += "/branch"
+        for letter, pool in zip("bc", (average, nn.MaxPool2d(3, 1, 1))):
+            name = f"Mixed_7{letter}/branch"
             a = conv(x, name + "1x1", 320, one)
             b = conv(x, name + "3x3_1", 384, one)
             b_row = conv(b, name + "3x3_2a", 384, row)
             b_column = conv(b, name + "3x3_2b", 384, column)
-            c = chain(x, name + "3x3dbl", (448, one), (384, three))
+            c = chain(x, name + "3x3dbl", [448, 384], [one, three])
             c_row = conv(c, name + "3x3dbl_3a", 384, row)
             c_column = conv(c, name + "3x3dbl_3b", 384, column)
             d = conv(pool(x), name + "_pool", 192, one)
@@ -415,8 +409,8 @@ def resize_tf1(x, size=299):
         share = source - low  # of the higher one
         if dim == 2:
             share = share[:, None]
-        x_low, x_high = x.index_select(dim, low), x.index_select(dim, high)
-        x = x_low + (x_high - x_low) * share
+        x, x_high = x.index_select(dim, low), x.index_select(dim, high)
+        x = x + (x_high - x) * share
     return x
 
 
@@ -427,7 +421,8 @@ def inception_features(net, images_uint8, resize="tf1"):
     if resize == "tf1":
         x = (resize_tf1(x) - 128) / 128
     else:
-        x = F.interpolate(x, (299, 299), mode="bilinear", align_corners=False) / 127.5 - 1
+        x = F.interpolate(x, (299, 299), mode="bilinear", align_corners=False)
+        x = x / 127.5 - 1
     # All bits of float32 on a GPU, too: TF32 could change an FID by 0.05.
     with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False):
         return net(x)
@@ -437,8 +432,9 @@ def load_inception(device):
     """Inception with the published weights, in eval mode. UserError where they cannot be had."""
     path = download(INCEPTION_URL, INCEPTION_SHA256, "go without: --metric none")
     weights = torch.load(path, map_location="cpu", weights_only=True)
+    weights = {key.replace(".branch", "/branch"): weights[key] for key in weights}
     net = Inception()
-    net.load_state_dict({key.replace(".branch", "/branch"): weights[key] for key in weights})
+    net.load_state_dict(weights)
     return net.to(device).eval()
 
 
@@ -472,6 +468,9 @@ class Judge(nn.Module):
             x = level(x)  # (B, width, H, W), then half of H and W, and so on
             features.append(x.mean(dim=(2, 3)))
         return torch.cat(features, dim=1)
+
+    def features(self, images_uint8):
+        return self(from_uint8(images_uint8))
 
 
 if __name__ == "__main__":

@@ -107,10 +107,10 @@ class Attention(nn.Module):
 
     def forward(self, x):
         b, c, height, width = x.shape
-        qkv = self.qkv(self.norm(x)).view(b, 3, 1, c, height * width)
-        # (B, 3, 1, HW, C): a GPU's fused attention wants C last, in memory too.
-        q, k, v = qkv.transpose(3, 4).contiguous().unbind(1)
-        h = F.scaled_dot_product_attention(q, k, v)  # (B, 1, HW, C)
+        qkv = self.qkv(self.norm(x))  # (B, 3C, H, W)
+        qkv = qkv.view(b, 3, 1, c, height * width).transpose(3, 4)
+        q, k, v = qkv.contiguous().unbind(1)  # (B, 1, HW, C): fused attention wants C last
+        h = F.scaled_dot_product_attention(q, k, v)
         h = h.transpose(2, 3).reshape(b, c, height, width)
         return (x + self.proj(h)) * math.sqrt(0.5)
 
@@ -118,17 +118,12 @@ class Attention(nn.Module):
 class ResBlock(nn.Module):
     """Two 3x3 convolutions, added to their input. The time enters between them, as an embedding.
 
-    May double (up) or halve (down) the size, and may end in attention.
+    resample: a layer that doubles or halves the size, or None. The block may end in attention.
     """
 
-    def __init__(self, c_in, c_out, c_emb, dropout, attention=False, up=False, down=False):
+    def __init__(self, c_in, c_out, c_emb, dropout, attention=False, resample=None):
         super().__init__()
-        self.up = up
-        self.resample = nn.Identity()
-        if up:
-            self.resample = nn.Upsample(scale_factor=2)
-        if down:
-            self.resample = nn.AvgPool2d(2)
+        self.resample = resample or nn.Identity()
         self.norm0 = group_norm(c_in)
         self.conv0 = init_(nn.Conv2d(c_in, c_out, 3, padding=1))
         self.emb = init_(nn.Linear(c_emb, c_out))
@@ -136,14 +131,16 @@ class ResBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.conv1 = init_(nn.Conv2d(c_out, c_out, 3, padding=1), NEARLY_ZERO)
         self.skip = nn.Identity()
-        if c_in != c_out or up or down:
+        if c_in != c_out or resample:
             self.skip = init_(nn.Conv2d(c_in, c_out, 1))
         self.attention = Attention(c_out) if attention else nn.Identity()
 
     def forward(self, x, emb):
-        h = self.conv0(self.resample(F.silu(self.norm0(x))))
+        h = F.silu(self.norm0(x))
+        h = self.conv0(self.resample(h))
         h = h + self.emb(emb)[:, :, None, None]
-        h = self.conv1(self.dropout(F.silu(self.norm1(h))))
+        h = F.silu(self.norm1(h))
+        h = self.conv1(self.dropout(h))
         x = self.skip(self.resample(x))
         return self.attention((x + h) * math.sqrt(0.5))  # a sum of two has twice the variance
 
@@ -157,18 +154,29 @@ class UNet(nn.Module):
     precision "bf16": bfloat16 in all layers but the last; the weights stay float32.
     """
 
-    def __init__(self, image_size, channels=3, base=64, mult=(1, 2, 2), blocks=2, attn=(16,),
-                 classes=0, dropout=0.0, precision="fp32"):
+    def __init__(
+        self,
+        image_size,
+        channels=3,
+        base=64,
+        mult=(1, 2, 2),
+        blocks=2,
+        attn=(16,),
+        classes=0,
+        dropout=0.0,
+        precision="fp32",
+    ):
         super().__init__()
         self.args = dict(image_size=image_size, channels=channels, base=base, mult=tuple(mult),
                          blocks=blocks, attn=tuple(attn), classes=classes, dropout=dropout)
         self.precision = precision
-        self.class_names = []  # whoever knows them fills this in
+        self.class_names = [str(i) for i in range(classes)]  # until somebody knows better ones
         sizes = [image_size // 2**level for level in range(len(mult))]
         require(base >= 4 and blocks and min(mult) >= 1 and dropout < 1,
                 "a network needs base >= 4, blocks >= 1, mult >= 1, dropout < 1")
-        require(sizes[-1] and image_size % 2 ** (len(mult) - 1) == 0,
-                f"image_size {image_size} cannot be halved for {mult=}")
+        halvings = len(mult) - 1
+        require(sizes[-1] and image_size % 2**halvings == 0,
+                f"image_size {image_size} cannot be halved {halvings} times, as {mult=} wants")
         if not set(attn) <= set(sizes):
             say(f"note | attn {attn} names a size that no level has; they have {sizes}")
 
@@ -177,7 +185,9 @@ class UNet(nn.Module):
         self.time0 = init_(nn.Linear(base, c_emb))
         self.time1 = init_(nn.Linear(c_emb, c_emb))
         self.label = init_(nn.Linear(classes, base)) if classes else None
-        frequencies = torch.exp(torch.arange(base // 2) * -(math.log(10_000) / (base // 2 - 1)))
+        n = base // 2
+        decay = math.log(10_000) / (n - 1)
+        frequencies = torch.exp(torch.arange(n) * -decay)
         self.register_buffer("frequencies", frequencies, persistent=False)  # from 1 to 1/10000
 
         # 2. The encoder. skips: the channels of what it leaves for the decoder.
@@ -190,19 +200,23 @@ class UNet(nn.Module):
                 c = base * m
                 skips.append(c)
             if size > sizes[-1]:
-                self.encoder.append(ResBlock(c, c, c_emb, dropout, down=True))
+                self.encoder.append(ResBlock(c, c, c_emb, dropout, resample=nn.AvgPool2d(2)))
                 skips.append(c)
 
         # 3. The middle, and the decoder.
-        self.middle = nn.ModuleList([ResBlock(c, c, c_emb, dropout, attention=True),
-                                     ResBlock(c, c, c_emb, dropout)])
+        self.middle = nn.ModuleList([
+            ResBlock(c, c, c_emb, dropout, attention=True),
+            ResBlock(c, c, c_emb, dropout),
+        ])
         for m, size in zip(reversed(mult), reversed(sizes)):
             for i in range(blocks + 1):
                 attention = size in attn and i == blocks
-                self.decoder.append(ResBlock(c + skips.pop(), base * m, c_emb, dropout, attention))
+                c_in = c + skips.pop()
                 c = base * m
+                self.decoder.append(ResBlock(c_in, c, c_emb, dropout, attention))
             if size < image_size:
-                self.decoder.append(ResBlock(c, c, c_emb, dropout, up=True))
+                twice = nn.Upsample(scale_factor=2)
+                self.decoder.append(ResBlock(c, c, c_emb, dropout, resample=twice))
         self.norm_out = group_norm(c)
         self.conv_out = init_(nn.Conv2d(c, channels, 3, padding=1), NEARLY_ZERO)
         if precision == "fp32":
@@ -230,7 +244,8 @@ class UNet(nn.Module):
                 one_hot = F.one_hot(labels, classes).to(emb.dtype)
                 # As in EDM: times sqrt(classes), so that a one-hot vector has mean square 1.
                 emb = emb + self.label(one_hot * math.sqrt(classes))
-            emb = F.silu(self.time1(F.silu(self.time0(emb))))  # (B, 4 base)
+            emb = F.silu(self.time0(emb))
+            emb = F.silu(self.time1(emb))  # (B, 4 base)
             h = self.conv_in(x)
             skips = [h]
             for block in self.encoder:
@@ -239,11 +254,12 @@ class UNet(nn.Module):
             for block in self.middle:
                 h = block(h, emb)
             for block in self.decoder:
-                if not block.up:
+                if not isinstance(block.resample, nn.Upsample):
                     h = torch.cat([h, skips.pop()], dim=1)
                 h = block(h, emb)
         # The last layer is always float32: its rounding would be seen in the image.
-        return self.conv_out(F.silu(self.norm_out(h.to(self.conv_out.weight.dtype))))
+        h = h.to(self.conv_out.weight.dtype)
+        return self.conv_out(F.silu(self.norm_out(h)))
 
 
 # ---------------------------------------------------------------------------------------- sampling
@@ -257,7 +273,8 @@ def euler(net, z, steps, labels=None):
     x = z
     for i in range(steps):
         # x <- x + v(x, t_i) / N,  t_i = EPS + (1 - EPS) i / N
-        t = torch.full(x.shape[:1], EPS + (1 - EPS) * i / steps, device=x.device)
+        t = EPS + (1 - EPS) * i / steps
+        t = torch.full(x.shape[:1], t, device=x.device)  # (B,)
         x = x + net(x, t, labels) / steps
     return x
 
@@ -269,8 +286,9 @@ def noise_for(seed, indices, shape):
     """
     noise = torch.empty(len(indices), *shape)
     for row, index in zip(noise.numpy(), indices):
-        philox = np.random.Philox(key=np.array([seed, index], dtype=np.uint64))
-        np.random.Generator(philox).standard_normal(out=row, dtype=np.float32)
+        key = np.array([seed, index], dtype=np.uint64)
+        rng = np.random.Generator(np.random.Philox(key=key))
+        rng.standard_normal(out=row, dtype=np.float32)
     return noise
 
 
@@ -281,7 +299,8 @@ def labels_for(seed, n, classes):
     """
     if not classes:
         return None
-    return torch.from_numpy(np.random.default_rng(seed).integers(classes, size=n))
+    labels = np.random.default_rng(seed).integers(classes, size=n)
+    return torch.from_numpy(labels)
 
 
 def samples(net, seed, numbers, steps, labels=None):
@@ -313,9 +332,8 @@ def compiled(cfg, net, calls, batch, training=False):
     (docs/speed.md). Batches of another size need net itself, which has the same weights.
     training: with a gradient.
     """
-    if cfg.compile == "off":
-        return net
-    if cfg.compile == "auto" and (net.device.type != "cuda" or calls < COMPILE_CALLS):
+    worth_it = net.device.type == "cuda" and calls >= COMPILE_CALLS
+    if cfg.compile == "off" or (cfg.compile == "auto" and not worth_it):
         return net
     say(f"compiling for {calls:,} calls: a minute or two. --compile off goes without")
     began = time.monotonic()
@@ -351,7 +369,8 @@ def orthogonalise(m):
 
     An update along them changes all directions of a weight matrix equally fast.
     """
-    x = m / (m.norm(dim=(1, 2), keepdim=True) + 1e-12)
+    length = m.norm(dim=(1, 2), keepdim=True)
+    x = m / (length + 1e-12)
     for _ in range(5):  # Newton-Schulz: singular values end between 0.7 and 1.2
         # x <- 3.4445 x - 4.7750 (x x^T) x + 2.0315 (x x^T)^2 x
         a = x @ x.mT
@@ -382,7 +401,8 @@ class Trainer:
         self.device = next(net.parameters()).device
         self.trained = net.train()  # with dropout
         self.ema = copy.deepcopy(net).eval().requires_grad_(False)  # without
-        self.weights, self.averages = list(net.parameters()), list(self.ema.parameters())
+        self.weights = list(net.parameters())
+        self.averages = list(self.ema.parameters())
         self.done = 0  # steps
         self.strips = {}  # title: samples along the way
         self.recent, self.note = [], ""  # for the log line: losses and gradient norms, and a text
@@ -391,7 +411,8 @@ class Trainer:
         # Adam trains all weights; with "muon", all but the 3x3 convolutions inside of the network.
         self.hidden, rest = {}, []
         for p in self.weights:
-            if cfg.optimizer == "muon" and p.shape[2:] == (3, 3) and min(p.shape[:2]) > 3:
+            inside = p.shape[2:] == (3, 3) and min(p.shape[:2]) > 3  # more channels than an image
+            if cfg.optimizer == "muon" and inside:
                 self.hidden.setdefault(p.shape, []).append(p)  # those of one shape step together
             else:
                 rest.append(p)
@@ -435,8 +456,8 @@ class Trainer:
             for step in range(first, cfg.steps):
                 # A run that continues draws what the unbroken one would have drawn, so that no
                 # random state has to be saved.
-                seed = np.random.SeedSequence(cfg.seed, spawn_key=(step, RANK)).generate_state(1)
-                torch.manual_seed(int(seed[0]))
+                seeds = np.random.SeedSequence(cfg.seed, spawn_key=(step, RANK))
+                torch.manual_seed(int(seeds.generate_state(1)[0]))
                 yield step
                 now = time.monotonic()
                 end = self.done == cfg.steps or self.asked_to_stop
@@ -490,7 +511,8 @@ class Trainer:
                 f"loss {recent[:, 0].mean():.4f} | {self.note}lr {self.lr:.1e}")
         if seconds:
             speed = len(recent) / seconds
-            left = datetime.timedelta(seconds=round((self.cfg.steps - self.done) / speed))
+            left = round((self.cfg.steps - self.done) / speed)
+            left = datetime.timedelta(seconds=left)
             line += f" | {self.cfg.batch * speed:.0f} img/s | left {left}"
         say(line)
 
@@ -517,18 +539,21 @@ class Trainer:
 
         # The learning rate rises over the first `warmup` steps, and falls to 0 over the last
         # `cooldown` (a share of all steps, which is why a finished run cannot be made longer).
+        falling = cfg.cooldown * cfg.steps
         rise = min(1.0, (n + 1) / max(1, cfg.warmup))
-        fall = min(1.0, (cfg.steps - n) / max(1.0, cfg.cooldown * cfg.steps))
+        fall = min(1.0, (cfg.steps - n) / max(1.0, falling))
         self.lr = cfg.lr * rise * fall
         self.adam.param_groups[0]["lr"] = self.lr
         self.adam.step()
         for weights, momentum in zip(self.hidden.values(), self.momenta):
-            gradient = torch.stack([p.grad for p in weights]).flatten(2)  # (N, C_out, C_in * 9)
+            gradient = torch.stack([p.grad for p in weights])
+            gradient = gradient.flatten(2)  # (N, C_out, C_in * 9)
             momentum.lerp_(gradient, 0.05)
             x = orthogonalise(gradient.lerp(momentum, 0.95))  # Nesterov's: a look ahead
             # 0.2 sqrt(columns): so that a weight moves by about 0.2 lr, as Adam's do
-            size = 0.2 * math.sqrt(max(x.shape[1:])) * self.lr
-            torch._foreach_sub_(weights, [row.view_as(p) for row, p in zip(x, weights)], alpha=size)
+            size = 0.2 * math.sqrt(max(x.shape[1:]))
+            changes = list(x.view(-1, *weights[0].shape))
+            torch._foreach_sub_(weights, changes, alpha=size * self.lr)
 
         # average <- d average + (1 - d) weights,  d = min(ema, (1 + n) / (10 + n)); see stage 01
         n = self.done = n + 1
@@ -539,47 +564,13 @@ class Trainer:
 
 
 # -------------------------------------------------------------------------- images and their labels
-SHAPES = ("circle", "square", "triangle")
-COLOURS = {"red": (230, 60, 50), "yellow": (235, 205, 60), "green": (70, 190, 80),
-           "cyan": (70, 195, 215), "blue": (70, 100, 235), "magenta": (215, 80, 205)}
-CLASSES = [f"{colour} {shape}" for shape in SHAPES for colour in COLOURS]  # a label is an index
-
-
 def from_uint8(images):
     return images.float() / 127.5 - 1  # 0..255 -> float32 -1..1
 
 
 def to_uint8(images):
-    return (images.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)  # clipped
-
-
-def draw_shapes(n, image_size, seed=0):
-    """n drawings, the same for a seed: images uint8 (n, 3, H, W), labels int64 (n,) of CLASSES."""
-    rng = np.random.default_rng(seed)
-    labels = rng.integers(len(CLASSES), size=n)
-    radius = rng.uniform(0.18, 0.34, size=n)  # in units of the image's side
-    centre_x, centre_y = rng.uniform(radius + 0.03, 0.97 - radius, size=(2, n))
-    ground = rng.uniform(10, 60, size=(n, 1)) + rng.uniform(-8, 8, size=(n, 3))  # nearly grey
-    colours = np.array(list(COLOURS.values()))
-    ink = colours[labels % len(COLOURS)] + rng.uniform(-20, 20, size=(n, 3))
-    images = np.empty((n, 3, image_size, image_size), dtype=np.uint8)
-    pixel = (np.arange(image_size) + 0.5) / image_size
-    for i in range(n):
-        x = np.abs(pixel - centre_x[i]) / radius[i]  # (W,), in radii; all shapes are symmetric
-        y = (pixel[:, None] - centre_y[i]) / radius[i]  # (H, 1), downwards
-        shape = SHAPES[labels[i] // len(COLOURS)]
-        # The distance from the outline, in radii; negative inside. (H, W)
-        if shape == "circle":
-            distance = np.hypot(x, y) - 1
-        elif shape == "square":
-            distance = np.maximum(x, np.abs(y)) - 0.85
-        else:  # its right side has the normal (0.884, -0.467)
-            distance = np.maximum(0.884 * x - 0.467 * (y + 1), y - 0.8)
-        # Antialiasing: a pixel within half a pixel of the outline is covered in part.
-        cover = np.clip(0.5 - distance * radius[i] * image_size, 0, 1)
-        pixels = cover * ink[i, :, None, None] + (1 - cover) * ground[i, :, None, None]
-        images[i] = pixels.round().clip(0, 255)
-    return torch.from_numpy(images), torch.from_numpy(labels)
+    images = (images.float() * 127.5 + 127.5).round()
+    return images.clamp(0, 255).to(torch.uint8)
 
 
 def load_images(source, image_size):
@@ -595,11 +586,12 @@ def load_data(source, image_size):
     image_size; with None all must have one size. Prints a line that says what was read. Raises
     UserError, which names the files that are wrong.
     """
-    image_files = importlib.import_module("extras.image_files")  # long, and not about the method
+    from extras import drawings, image_files  # long, and not about the method
+
     notes = ""
     if source == "shapes":
-        images, labels = draw_shapes(16_384, image_size or 16)
-        names = CLASSES
+        images, labels = drawings.draw_shapes(16_384, image_size or 16)
+        names = drawings.CLASSES
     elif source == "cifar10" or str(source).endswith(".tar.gz"):
         images, labels = image_files.read_cifar10(source, image_size)
         names = image_files.CIFAR10_CLASSES
@@ -621,7 +613,8 @@ def save_grid(path, rows, titles=(), columns=()):
     bar = 18 if titles else 0
     top = 32 if columns else 0
     height = top + len(rows) * (cell + bar) + 2
-    canvas = Image.new("RGB", (len(rows[0]) * cell + 2, height), "white")
+    width = len(rows[0]) * cell + 2
+    canvas = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(canvas)
     for i, column in enumerate(columns):
         text = column.replace(" ", "\n", 1)  # in two lines
@@ -771,7 +764,8 @@ def start(cfg, name):
     has_bf16 = torch.cpu.get_capabilities().get("avx512_bf16", False)
     try:
         if device.startswith("cuda"):
-            torch.cuda.set_device(int(device[5:] or os.environ.get("LOCAL_RANK", 0)))
+            own = os.environ.get("LOCAL_RANK", 0)
+            torch.cuda.set_device(int(device[5:] or own))
             # fp32 on a GPU is torch's own: convolutions round their inputs to TF32, which has 10
             # bits of mantissa, as in the authors' code.
             torch.backends.cudnn.benchmark = True  # look for the fastest convolution
@@ -786,7 +780,8 @@ def start(cfg, name):
     torch.manual_seed(cfg.seed)  # the networks' first weights
     say(f"{name} | {device} x {WORLD}, {torch.get_num_threads()} threads | "
         f"torch {torch.__version__}")
-    say("settings | " + " ".join(f"{key}={value}" for key, value in settings_of(cfg).items()))
+    settings = [f"{key}={value}" for key, value in settings_of(cfg).items()]
+    say(f"settings | {' '.join(settings)}")
     return device
 
 
@@ -877,12 +872,19 @@ def save_network(cfg, name, net, made_from):
              class_names=net.class_names)
 
 
+def new_network(cfg, image_size, classes):
+    """A UNet with random weights, as large as the settings say."""
+    return UNet(image_size, 3, cfg.base, cfg.mult, cfg.blocks, cfg.attn, classes, cfg.dropout,
+                cfg.precision)
+
+
 def load_network(cfg, name, device):
     """(UNet in eval mode, its artifact), from what save_network wrote. UserError as in load()."""
     artifact = load(cfg, name)
-    net = UNet(**artifact["network"], precision=cfg.precision).to(device).eval()
+    net = UNet(**artifact["network"], precision=cfg.precision)
     net.load_state_dict(artifact["weights"])
-    net.class_names = artifact.get("class_names", [])
+    net.class_names = artifact.get("class_names", net.class_names)
+    net = net.to(device).eval()
     return net, artifact
 
 
