@@ -1,4 +1,4 @@
-"""Shared by the tests: the scripts as modules, small runs of the five stages, and stand-ins."""
+"""What the tests share: the scripts as modules, small runs of the five stages, and stand-ins."""
 import contextlib
 import importlib
 import io
@@ -17,18 +17,38 @@ SHARED = ROOT.parent / "shared/fixtures"  # reference outputs that are not in ev
 sys.path[:0] = [str(ROOT), str(ROOT / "extras")]
 import common  # noqa: E402
 
-NAMES = {"01": "01_train_teacher", "02": "02_generate_pairs", "03": "03_annealing_reflow",
-         "04": "04_flow_guided_distill", "05": "05_eval_fid", "import": "extras/import_checkpoint",
-         "export": "extras/export_student", "benchmark": "extras/benchmark", "ablations": "extras/ablations",
-         "toy2d": "extras/toy2d", "prepare": "extras/prepare_images", "sample": "extras/sample",
-         "fid": "extras/fid"}
-ARTIFACTS = {"01": "01_teacher.pt", "02": "02_pairs.pt", "03": "03_reflow.pt", "04": "04_student.pt"}
+NAMES = {
+    "01": "01_train_teacher",
+    "02": "02_generate_pairs",
+    "03": "03_annealing_reflow",
+    "04": "04_flow_guided_distill",
+    "05": "05_eval_fid",
+    "import": "extras/import_checkpoint",
+    "export": "extras/export_student",
+    "benchmark": "extras/benchmark",
+    "ablations": "extras/ablations",
+    "toy2d": "extras/toy2d",
+    "prepare": "extras/prepare_images",
+    "sample": "extras/sample",
+    "fid": "extras/fid",
+}
+ARTIFACTS = {
+    "01": "01_teacher.pt",
+    "02": "02_pairs.pt",
+    "03": "03_reflow.pt",
+    "04": "04_student.pt",
+}
+
+# Settings with which a stage takes a second or so.
+SMALL_NET = dict(base=8, attn="8", dropout=0.5)
+FEW_STEPS = dict(steps=4, batch=8, precision="fp32")
 TINY = {
-    "01": dict(base=8, mult="1,2", attn="8", steps=4, batch=8, dropout=0.5, precision="fp32"),
+    "01": dict(mult="1,2", **SMALL_NET, **FEW_STEPS),
     "02": dict(n_pairs=40, sample_steps=2, precision="fp32"),
-    "03": dict(base=8, mult="1,1", attn="8", steps=4, batch=8, anneal_steps=3, dropout=0.5, precision="fp32"),
-    "04": dict(steps=4, batch=8, precision="fp32"),
-    "05": dict(n_samples=120, teacher_steps=2, flow_steps=2, precision="fp32")}
+    "03": dict(mult="1,1", anneal_steps=3, **SMALL_NET, **FEW_STEPS),
+    "04": FEW_STEPS,
+    "05": dict(n_samples=120, teacher_steps=2, flow_steps=2, precision="fp32"),
+}
 
 
 def script(number):
@@ -37,36 +57,55 @@ def script(number):
 
 
 def make_small():
-    """500 drawings in place of the 16,384 of the stages, which take a second each time; 16 pairs per call."""
+    """Makes the stages faster: they draw fewer images, and make 16 pairs per call."""
     draw = common.draw_shapes
-    common.draw_shapes = lambda n, size, seed=0: draw(500 if n == 16_384 else n, size, seed)
+
+    def draw_few(n, size, seed=0):
+        if n == 16_384:  # what the stages draw; it takes a second each time
+            n = 500
+        return draw(n, size, seed)
+
+    common.draw_shapes = draw_few
     script("02").PART = 16
 
 
+def flags_of(settings):
+    """Settings as a command line has them."""
+    return [f"--{name}={value}" for name, value in settings.items()]
+
+
 def arguments(number, out, *flags, **settings):
-    """The command line for TINY, with other settings as given. On the CPU, whatever there is."""
+    """The command line for TINY, with other settings as given. It always runs on the CPU."""
     values = {"out": out, "device": "cpu", **TINY[number], **settings}
-    return [*(f"--{name}={value}" for name, value in values.items()), *flags]
+    return [*flags_of(values), *flags]
 
 
 def settings_of(number, *flags, **settings):
-    """The settings of a script, without TINY. On the CPU, too."""
-    argv = ["--device=cpu", *flags, *(f"--{name}={value}" for name, value in settings.items())]
+    """The settings of a script, without TINY. It always runs on the CPU, too."""
+    argv = ["--device=cpu", *flags, *flags_of(settings)]
     return common.read_settings(script(number).SETTINGS, "", argv)
 
 
 def call(number, out, *flags, **settings):
-    """The script's main in this process: faster than a new one."""
-    script(number).main(settings_of(number, *arguments(number, out, *flags, **settings)))
+    """Runs a script's main in this process, which is faster than starting a new one."""
+    argv = arguments(number, out, *flags, **settings)
+    script(number).main(settings_of(number, *argv))
+
+
+def run(number, argv):
+    """Runs a script as its command line does: errors end it with one line."""
+    common.run(script(number).main, script(number).SETTINGS, "", argv)
 
 
 def refused(number, out, *flags, **settings):
-    """The line with which the script ends early, through the same guard that a user meets."""
-    s, argv = script(number), arguments(number, out, *flags, **settings)
-    with pytest.raises(SystemExit) as stopped, contextlib.redirect_stderr(io.StringIO()) as stderr:
-        common.run(s.main, s.SETTINGS, "", argv)
-    by_argparse = stopped.value.code == 2
-    line = stderr.getvalue().splitlines()[-1] if by_argparse else stopped.value.code
+    """The line with which a script ends early: what a user would see."""
+    argv = arguments(number, out, *flags, **settings)
+    stderr = io.StringIO()
+    with pytest.raises(SystemExit) as stopped, contextlib.redirect_stderr(stderr):
+        run(number, argv)
+    line = stopped.value.code
+    if line == 2:  # argparse has printed its message
+        line = stderr.getvalue().splitlines()[-1]
     assert re.match("(error|stopped|.*: error: ).*$", line)
     return line
 
@@ -76,33 +115,38 @@ def artifact(out, name):
 
 
 def same(a, b):
-    """Equal content of two things that may hold tensors."""
+    """Whether two things, which may hold tensors, have equal content."""
     if torch.is_tensor(a):
         return torch.is_tensor(b) and a.dtype == b.dtype and torch.equal(a, b)
     if isinstance(a, dict):
-        return list(a) == list(b) and same(list(a.values()), list(b.values()))
+        return same(list(a.items()), list(b.items()))
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(same, a, b))
     return a == b
 
 
 def save_images(folder, images, labels=None):
-    """Writes uint8 (N, 3, H, W) as PNG files, with a dataset.json if there are labels; returns the folder."""
+    """Writes uint8 (N, 3, H, W) as PNG files, and labels as a dataset.json. Returns the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for i, image in enumerate(images):
-        Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{i:04}.png")
+        pixels = image.permute(1, 2, 0).numpy()
+        Image.fromarray(pixels).save(folder / f"{i:04}.png")
     if labels is not None:
-        named = [[f"{i:04}.png", int(label)] for i, label in enumerate(labels)]
-        (folder / "dataset.json").write_text(json.dumps({"labels": named}))
+        rows = [[f"{i:04}.png", int(label)] for i, label in enumerate(labels)]
+        (folder / "dataset.json").write_text(json.dumps({"labels": rows}))
     return folder
 
 
 class Field(torch.nn.Module):
-    """Stand-in network: a known velocity v(x, t), given as a function. It keeps its times and last labels."""
+    """A stand-in for a network: the velocity v(x, t) is a given function.
+
+    It remembers all times that it was called with, and the last labels.
+    """
 
     def __init__(self, velocity):
         super().__init__()
-        self.velocity, self.times = velocity, []
+        self.velocity = velocity
+        self.times = []
         self.scale = torch.nn.Parameter(torch.ones(()))
 
     def forward(self, x, t, labels=None):
@@ -112,11 +156,18 @@ class Field(torch.nn.Module):
 
 
 def filled(image_size, std=0.1, **arguments):
-    """A network with random weights, zero nowhere. (NumPy promises that RandomState never changes.)"""
-    net, rng = common.UNet(image_size, **arguments).eval(), np.random.RandomState(0)
+    """A network with random weights, none of them zero.
+
+    They are the same in every version of NumPy, which promises that for RandomState.
+    """
+    net = common.UNet(image_size, **arguments).eval()
+    rng = np.random.RandomState(0)
     for name, p in sorted(net.named_parameters()):
-        noise = torch.from_numpy(rng.standard_normal(tuple(p.shape)))
-        p.data.copy_(std * noise + (1 if "norm" in name and name.endswith("weight") else 0))
+        noise = rng.standard_normal(tuple(p.shape))
+        values = std * torch.from_numpy(noise)
+        if "norm" in name and name.endswith("weight"):
+            values += 1
+        p.data.copy_(values)
     return net
 
 
@@ -136,6 +187,6 @@ def finished(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def seed(tmp_path, monkeypatch):
-    """Each test has the same random numbers, and a working directory of its own, where data/ belongs."""
+    """Each test has the same random numbers, and an empty working directory for its data/."""
     torch.manual_seed(0)
     monkeypatch.chdir(tmp_path)

@@ -1,11 +1,12 @@
-"""Runs stages in one process, to be started several times by torchrun: run_stages.py 01,02 OUT --flag=..."""
+"""Runs stages in one process: run_stages.py 01,02 OUT --flag ... (Torchrun starts several.)"""
 import sys
 
-from conftest import arguments, call, common, make_small, script
+from conftest import arguments, call, common, make_small, run
 
 make_small()
 common.SAVE_SECONDS = 0.01
-*first, last = sys.argv[1].split(",")
+_, numbers, *given = sys.argv
+*first, last = numbers.split(",")
 for number in first:
-    call(number, *sys.argv[2:])
-common.run(script(last).main, script(last).SETTINGS, "", arguments(last, *sys.argv[2:]))
+    call(number, *given)
+run(last, arguments(last, *given))
