@@ -573,11 +573,6 @@ def to_uint8(images):
     return images.clamp(0, 255).to(torch.uint8)
 
 
-def load_images(source, image_size):
-    """The images and labels of load_data()."""
-    return load_data(source, image_size)[:2]
-
-
 def load_data(source, image_size):
     """A data set: images uint8 (N, 3, H, W), labels int64 (N,) or None, names of the classes or [].
 

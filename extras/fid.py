@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import UserError, load_images, require, run, say, stage, start
+from common import UserError, load_data, require, run, say, stage, start
 
 SETTINGS = {
     "images": dict(others="", help="a folder or zip"),
@@ -26,13 +26,19 @@ SETTINGS = {
 }
 
 
-def read_statistics(path):
+def read_statistics(path, dimensions):
     """mu (D,) and sigma (D, D) from an .npz, as EDM publishes them. Raises UserError."""
     try:
         content = np.load(path, allow_pickle=False)
-        return torch.from_numpy(content["mu"]).double(), torch.from_numpy(content["sigma"]).double()
+        mu = torch.from_numpy(content["mu"]).double()
+        sigma = torch.from_numpy(content["sigma"]).double()
     except Exception as error:  # a damaged file can fail in many ways
         raise UserError(f"{path} is no .npz with mu and sigma that can be read: {error}") from error
+    require(sigma.shape == (dimensions, dimensions) and mu.shape == (dimensions,),
+            f"{path} has not {dimensions} features, but mu {mu.shape} and sigma {sigma.shape}")
+    require(mu.isfinite().all() and sigma.isfinite().all(), f"{path} holds what is not finite")
+    require(torch.allclose(sigma, sigma.T), f"sigma in {path} is not symmetric")
+    return mu, sigma
 
 
 def main(cfg):
@@ -42,10 +48,9 @@ def main(cfg):
     gaussians, shapes, dimensions = [], [], fc.in_features
     for source in (cfg.images, cfg.reference):
         if source.endswith(".npz"):
-            gaussians.append(read_statistics(source))
-            require(len(gaussians[-1][0]) == dimensions, f"{source} has not {dimensions} features")
+            gaussians.append(read_statistics(source, dimensions))
             continue
-        images = load_images(source, None)[0]
+        images = load_data(source, None)[0]
         require(len(images) >= dimensions or cfg.allow_few, f"{len(images)} images are fewer than "
                 f"the {dimensions} features of {facts['metric']}, which makes the distance too large. "
                 "Take more, or --allow_few")

@@ -18,8 +18,9 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import (draw_shapes, from_uint8, load, load_network, read_settings, require, run,
-                    samples, save_grid, say, stage, start)
+from common import (from_uint8, load, load_network, read_settings, require, run, samples,
+                    save_grid, say, stage, start)
+from extras.drawings import draw_shapes
 
 SETTINGS = {"n_pairs": dict(others=64, help="pairs")}
 

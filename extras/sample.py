@@ -36,7 +36,7 @@ def main(cfg):
 
     # 2. What it is asked for.
     require(cfg.n, "--n must be at least 1")
-    names = evaluation.class_names(net)
+    names = net.class_names
     labels = labels_for(cfg.seed, cfg.n, len(names))
     if cfg.label:
         known = ", ".join(names) or "no classes"
@@ -44,7 +44,7 @@ def main(cfg):
         labels = torch.full((cfg.n,), names.index(cfg.label))
 
     # 3. The images.
-    images = evaluation.make_images(net, cfg, cfg.n, steps, labels)
+    images = evaluation.make_images(net, net, cfg, cfg.n, steps, labels)
     folder = cfg.folder / f"{cfg.network}_images"
     for old in folder.glob("[0-9]*.png"):  # of an earlier run
         old.unlink()

@@ -20,8 +20,9 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import (draw_shapes, fingerprint, from_uint8, load_data, require, run, save, say, stage,
-                    start, to_uint8)
+from common import (fingerprint, from_uint8, load_data, require, run, save, say, stage, start,
+                    to_uint8)
+from extras.drawings import draw_shapes
 
 SETTINGS = {
     "data": dict(shapes="shapes", others="cifar10", help="shapes, cifar10, or a path of images"),

@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared/fixtures"  # reference outputs that are not in every clone
 sys.path[:0] = [str(ROOT), str(ROOT / "extras")]
 import common  # noqa: E402
+from extras import drawings  # noqa: E402
 
 NAMES = {
     "01": "01_train_teacher",
@@ -31,6 +32,7 @@ NAMES = {
     "prepare": "extras/prepare_images",
     "sample": "extras/sample",
     "fid": "extras/fid",
+    "judge": "extras/train_judge",
 }
 ARTIFACTS = {
     "01": "01_teacher.pt",
@@ -58,15 +60,15 @@ def script(number):
 
 def make_small():
     """Makes the stages faster: they draw fewer images, and make 16 pairs per call."""
-    draw = common.draw_shapes
+    draw = drawings.draw_shapes
 
     def draw_few(n, size, seed=0):
         if n == 16_384:  # what the stages draw; it takes a second each time
             n = 500
         return draw(n, size, seed)
 
-    common.draw_shapes = draw_few
-    script("02").PART = 16
+    drawings.draw_shapes = draw_few
+    script("02").sampling_batch = lambda net: 16
 
 
 def flags_of(settings):

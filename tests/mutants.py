@@ -26,7 +26,7 @@ MUTANTS = {  # file: (old text, new text, the idea that it ruins, the tests that
         ("x.flip(3)", "x.flip(2)", "left and right are mirrored", "stages 01"),
         ('"01_teacher.pt", trainer.ema,', '"01_teacher.pt", trainer.trained,', "the average is kept",
          "pipeline ema"),
-        ("number not in numbers]", "number < 0]", "own images: labels have no gaps", "data far_off"),
+        ("labels.max() == classes - 1", "True", "own images: labels have no gaps", "data far_off"),
         ("net.class_names = names[:classes]", "pass", "class names: known from stage 01 on",
          "pipeline ones_own")],
     "02_generate_pairs.py": [
@@ -193,7 +193,9 @@ MUTANTS = {  # file: (old text, new text, the idea that it ruins, the tests that
          "maths another"),
         ("recent.isfinite().all()", "True", "NaN is noticed", "maths finite"),
         ("require(found == identity", "require(found", "what is out of date is refused", "pipeline mixed"),
-        ("archive.testzip() is None", "True", "damage is noticed", "maths damaged")],
+        ("archive.testzip() is None", "True", "damage is noticed", "maths damaged"),
+        ("self.dropout(F.silu(self.norm1(h)))", "F.silu(self.norm1(self.dropout(h)))",
+         "dropout comes after the SiLU", "network dropout")],
     "extras/prepare_images.py": [
         ("values // 257", "values // 256 // 256", "own images: 16-bit grey is scaled", "data command_reads"),
         ("return label.index(1)", "return 0", "own images: one-hot labels", "data command_reads"),

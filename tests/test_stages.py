@@ -8,8 +8,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import common
-from common import EPS, OWN_PAIRS, PAIRS, draw_shapes, from_uint8, noise_for
+from common import EPS, OWN_PAIRS, PAIRS, from_uint8, noise_for
 from conftest import TINY, artifact, call, same, script
+from extras.drawings import draw_shapes
 
 LOSSES = {"01": ["flow_loss"], "03": ["reflow_loss"], "04": ["first_velocity", "distill_loss", "guided_loss"]}
 DRAWS = ("rand", "randn", "randn_like")
