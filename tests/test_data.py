@@ -16,7 +16,7 @@ from PIL import Image
 import common
 from common import UserError, from_uint8, load_data, to_uint8
 from conftest import artifact, refused, script, settings_of
-from extras import image_files
+from extras import drawings, image_files
 from extras.drawings import draw_shapes
 
 RED = [255, 0, 0]
@@ -132,13 +132,13 @@ def test_drawings_show_what_their_labels_name_and_bytes_come_back():
     assert torch.equal(images, again)
     assert not torch.equal(images, others)
     assert labels.dtype == torch.int64
-    assert len(labels.unique()) == len(common.CLASSES) == 18
+    assert len(labels.unique()) == len(drawings.CLASSES) == 18
 
     # Shapes differ in how much they fill of the smallest upright rectangle around them.
     fills = {"circle": 3.14 / 4, "square": 1, "triangle": 0.5}
     for image, label in zip(images.float(), labels):
-        colour, shape = common.CLASSES[label].split()
-        ink = torch.tensor(common.COLOURS[colour]).float()
+        colour, shape = drawings.CLASSES[label].split()
+        ink = torch.tensor(drawings.COLOURS[colour]).float()
         ground = image[:, 0, 0]
         contrast = (image - ground[:, None, None]).norm(dim=0)
         shown = contrast > 0.5 * (ink - ground).norm()

@@ -17,6 +17,7 @@ from PIL import Image
 import common
 from conftest import (ARTIFACTS, ROOT, TINY, artifact, call, refused, same, save_images, script,
                       settings_of)
+from extras.drawings import CLASSES, draw_shapes
 
 RUN = ROOT / "tests/run_stages.py"
 
@@ -114,7 +115,7 @@ def test_a_student_starts_from_the_flow_or_from_scratch(copied):
 
 def test_named_is_the_share_of_images_that_show_what_was_asked_for(copied, monkeypatch):
     """Real drawings match their own labels, and match other drawings' labels by chance only."""
-    images, labels = common.draw_shapes(900, 16, seed=1)
+    images, labels = draw_shapes(900, 16, seed=1)
     named = []
     for given in (labels, labels.roll(1)):
         monkeypatch.setattr(script("05"), "draw_shapes", lambda n, size, seed: (images, given))
@@ -133,7 +134,7 @@ def sample(out, **settings):
 
 @pytest.mark.parametrize("label, labels", [
     ("", common.labels_for(3, 5, 18)),
-    ("red triangle", torch.full((5,), common.CLASSES.index("red triangle")))])
+    ("red triangle", torch.full((5,), CLASSES.index("red triangle")))])
 def test_sample_writes_images_of_what_is_asked_for_and_nothing_else(
         copied, monkeypatch, label, labels):
     """The network is asked for the label, and its images replace those of an earlier run."""
@@ -409,7 +410,7 @@ def test_images_are_decoded_again_whenever_something_about_their_files_changes(t
         os.utime(path, (date, date))
 
     def greys(folder, image_size=16):
-        images = common.load_images(tmp_path / folder, image_size)[0]
+        images = common.load_data(tmp_path / folder, image_size)[0]
         assert images.shape[2:] == (image_size, image_size)
         return images[:, 0, 0, 0].tolist()
 
