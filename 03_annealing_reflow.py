@@ -119,7 +119,7 @@ def main(cfg):
         net, _ = load_network(cfg, "01_teacher.pt", device)
     else:
         net = new_network(cfg, size, classes).to(device)
-    net.class_names = pairs.get("class_names", net.class_names)
+    net.class_names = pairs.get("class_names") or net.class_names
     say(f"small network | {sum(p.numel() for p in net.parameters()):,} parameters")
 
     # 3. Training, while beta falls.

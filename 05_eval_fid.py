@@ -222,11 +222,12 @@ def main(cfg):
 
     # 3. Distance and share of matches of any images, uint8 (N, 3, H, W), with their labels (N,).
     def measure(images, labels):
+        scores = {"distance": None, "named": None}
         if cfg.metric == "none":
-            return {}
+            return scores
         features = [features_of(part.to(device)) for part in images.split(BATCH)]
         found = gaussian(features, dimensions)
-        scores = {"distance": frechet_distance(*found, mu, sigma)}
+        scores["distance"] = frechet_distance(*found, mu, sigma)
         if labels is not None and names == judged:
             seen = fc(torch.cat(features)).argmax(1).cpu()
             matches = (seen == labels[RANK::WORLD]).sum()
@@ -240,7 +241,8 @@ def main(cfg):
         requests = torch.arange(12) * 7 % len(names)
     if cfg.metric == "shapes":  # a program can draw more real images
         drawings, labels = draw_shapes(cfg.n_samples, size, seed=1)
-        rows.append({"network": "real", **measure(drawings[RANK::WORLD], labels)})
+        scores = measure(drawings[RANK::WORLD], labels)
+        rows.append({"network": "real", "calls": None, **scores})
         shown = drawings[:12]
         if names:
             shown = torch.stack([drawings[labels == request][0] for request in requests])

@@ -332,8 +332,9 @@ def compiled(cfg, net, calls, batch, training=False):
     (docs/speed.md). Batches of another size need net itself, which has the same weights.
     training: with a gradient.
     """
-    worth_it = net.device.type == "cuda" and calls >= COMPILE_CALLS
-    if cfg.compile == "off" or (cfg.compile == "auto" and not worth_it):
+    if cfg.compile == "off":
+        return net
+    if cfg.compile == "auto" and (net.device.type != "cuda" or calls < COMPILE_CALLS):
         return net
     say(f"compiling for {calls:,} calls: a minute or two. --compile off goes without")
     began = time.monotonic()
@@ -878,7 +879,7 @@ def load_network(cfg, name, device):
     artifact = load(cfg, name)
     net = UNet(**artifact["network"], precision=cfg.precision)
     net.load_state_dict(artifact["weights"])
-    net.class_names = artifact.get("class_names", net.class_names)
+    net.class_names = artifact.get("class_names") or net.class_names
     net = net.to(device).eval()
     return net, artifact
 

@@ -1,14 +1,14 @@
 """Measure this machine as the stages use it, or count what the presets cost.
 
     python extras/benchmark.py            # --quick: two networks, on a GPU 200 s at most
-    python extras/benchmark.py --count    # the presets, without measuring: no GPU is touched
+    python extras/benchmark.py --count    # counts the presets' operations and measures nothing
 
-A row is a network and a kind, and has a process of its own. Each cell is printed as soon as it is
-measured, so a run that is cut off has told something. The kinds: fp32 (on a GPU torch's, with
-convolutions in TF32), bf16, bf16 compiled, and on a GPU bf16 graphs: compiled with CUDA graphs,
-which is what the stages use there. "of the limit" compares a training step with the faster of a
-large matrix product and a large convolution: three times the operations of a forward pass, without
-those of attention.
+Each row is a network and a kind, and is measured in a process of its own. Each cell is printed as
+soon as it is measured, so a run that is cut off has still shown something. The kinds are fp32 (on a
+GPU as torch does it, with convolutions in TF32), bf16, bf16 compiled, and on a GPU bf16 graphs:
+compiled with CUDA graphs, as the stages do there. "of the limit" is the speed of a training step as
+a share of the machine's limit, the faster of a large matrix product and a large convolution. A
+training step counts as three times the operations of a forward pass, without those of attention.
 """
 import contextlib
 import copy
@@ -32,7 +32,7 @@ SETTINGS = {
     "quick": dict(others=False, help="two networks, on a GPU the large ones and 200 s at most"),
     "count": dict(others=False, help="count what every preset needs, and measure nothing"),
     "kind": dict(others="all", choices=("all", "fp32", "bf16", "bf16 compiled", "bf16 graphs"),
-                 help="of the rows"),
+                 help="only the rows of this kind"),
     "batch": dict(others=0, help="images per training step; 0: 128 on a GPU, 16 on a CPU"),
 }
 QUICK_SECONDS = 200  # what --quick may take on a GPU
@@ -44,14 +44,16 @@ CELLS = ("network", "kind", "first step, s", "step of 03, ms", "img/s", "of the 
 
 def settings(number, preset, *arguments):
     """The settings of a stage ("01" ... "05")."""
-    return read_settings(STAGES[number].SETTINGS, "", ["--preset", preset, *map(str, arguments)])
+    given = ["--preset", preset, *map(str, arguments)]
+    return read_settings(STAGES[number].SETTINGS, "", given)
 
 
 def network_of(number, preset):
-    """UNet's arguments in stage 01, 03 or 04 (which has the network of 03), without classes."""
-    cfg = settings("01" if number == "01" else "03", preset)
-    args = {name: getattr(cfg, name) for name in ("base", "mult", "blocks", "attn", "dropout")}
-    return {"image_size": settings("01", preset).image_size, **args}
+    """UNet's arguments in stage 01 or 03, without classes."""
+    cfg = settings(number, preset)
+    size = settings("01", preset).image_size
+    return dict(image_size=size, base=cfg.base, mult=cfg.mult, blocks=cfg.blocks,
+                attn=cfg.attn, dropout=cfg.dropout)
 
 
 # ---------------------------------------------------------------------------------------- Measured
@@ -91,21 +93,25 @@ def kernels_of(call):
 
 @torch.no_grad()
 def limit(device, precision):
-    """What the machine can do at best, in operations per second."""
-    n, batch, c = (2048, 16, 192) if device.type == "cpu" else (8192, 128, 512)
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    """The most operations per second that the machine can do."""
+    n, batch, c = 8192, 128, 512
+    if device.type == "cpu":
+        n, batch, c = 2048, 16, 192
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
     a = torch.randn(n, n, device=device, dtype=dtype)
-    x = torch.randn(batch, c, 32, 32)
-    conv = torch.nn.Conv2d(c, c, 3, padding=1)
-    x, conv = (each.to(device, dtype).to(memory_format=torch.channels_last) for each in (x, conv))
-    product = 2 * n**3 / seconds(lambda: a @ a, device, 0.5)
-    convolution = 2 * 9 * c * x.numel() / seconds(lambda: conv(x), device, 0.5)
-    return max(product, convolution)
+    where = dict(device=device, dtype=dtype, memory_format=torch.channels_last)
+    x = torch.randn(batch, c, 32, 32).to(**where)
+    conv = torch.nn.Conv2d(c, c, 3, padding=1).to(**where)
+    product = 2 * n**3
+    convolution = 2 * 9 * c * x.numel()
+    return max(product / seconds(lambda: a @ a, device, 0.5),
+               convolution / seconds(lambda: conv(x), device, 0.5))
 
 
 def step_of_03(cfg, net):
-    """A function that makes one training step, as main does in stage 03."""
-    s, pairs = STAGES["03"], torch.randn(2, 4096, *net.shape).half()
+    """A function that makes one training step, as main() in stage 03 does."""
+    s = STAGES["03"]
+    pairs = torch.randn(2, 4096, *net.shape).half()
     trainer = Trainer(cfg, "benchmark", net, {})
     steps = trainer.steps()
 
@@ -119,11 +125,13 @@ def step_of_03(cfg, net):
 
 
 def step_of_04(cfg, flow):
-    """A function of the distance D that makes one training step, as main does in stage 04."""
-    s, pairs = STAGES["04"], torch.randn(2, 4096, *flow.shape).half()
+    """A function of the distance D that makes one training step, as main() in stage 04 does."""
+    s = STAGES["04"]
+    pairs = torch.randn(2, 4096, *flow.shape).half()
     trainer = Trainer(cfg, "benchmark", copy.deepcopy(flow), {}, 2 * cfg.batch)
     steps = trainer.steps()
-    guide = common.compiled(cfg, flow.eval().requires_grad_(False), cfg.steps, cfg.batch)
+    flow.eval().requires_grad_(False)
+    guide = common.compiled(cfg, flow, cfg.steps, cfg.batch)
 
     def step(distance):
         next(steps)
@@ -131,7 +139,8 @@ def step_of_04(cfg, flow):
         z_new = torch.randn_like(z)
         velocities = s.first_velocity(trainer.net, torch.cat([z, z_new]))
         v_pairs, v_new = velocities.chunk(2)
-        t = cfg.t_low + (cfg.t_high - cfg.t_low) * torch.rand(len(z), device=z.device)
+        t = torch.rand(len(z), device=z.device)
+        t = cfg.t_low + (cfg.t_high - cfg.t_low) * t
         loss = s.distill_loss(v_pairs, z, x, distance)
         trainer.update(loss + s.guided_loss(v_new, guide, z_new, t, distance))
 
@@ -139,10 +148,10 @@ def step_of_04(cfg, flow):
 
 
 def measure(args, kind, batch, device, limit, out, cell):
-    """Calls cell(text) with what is measured, in the order of CELLS. args: UNet's."""
-    precision, compiled = kind[:4], kind not in ("fp32", "bf16")
+    """Calls cell(text) with each measurement, in the order of CELLS. args: UNet's."""
+    precision = kind[:4]
     given = ["--device", device, "--precision", precision, "--batch", batch, "--out", out]
-    given += ["--compile", "on" if compiled else "off"]
+    given += ["--compile", "off" if kind == precision else "on"]
     cfg = settings("03", "cifar10", *given)
     device = start(cfg, "benchmark")
     cuda = device.type == "cuda"
@@ -156,7 +165,7 @@ def measure(args, kind, batch, device, limit, out, cell):
     step()
     synchronise(device)
     cell(f"{time.monotonic() - began:.1f}")
-    if cuda:  # without what cuDNN needed to look for its fastest convolutions
+    if cuda:  # the memory that cuDNN needed to find its fastest convolutions does not count
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     reflow = seconds(step, device)
@@ -169,16 +178,19 @@ def measure(args, kind, batch, device, limit, out, cell):
 
     # 2. Sampling, as in stage 02.
     net.eval()
-    n, calls = common.sampling_batch(net), 10 if cuda else 1
+    n = common.sampling_batch(net)
+    calls = 10 if cuda else 1
     fast = common.compiled(cfg, net, 10**6, n)
     z = noise_for(0, range(n), net.shape).to(device)
-    call = seconds(lambda: euler(fast, z, calls).half().cpu(), device) / calls
+    call = seconds(lambda: euler(fast, z, calls).half().cpu(), device)
+    call /= calls
     cell(f"{1000 * call:.1f}")
     cell(f"{call * 100 * 50_000 / n:,.0f}")
 
-    # 3. Training, as in stage 04. Random weights take LPIPS as long as its own.
+    # 3. Training, as in stage 04. LPIPS takes as long with random weights as with its own.
     if kind == ("bf16 graphs" if cuda else "fp32"):
-        step, s = step_of_04(settings("04", "cifar10", *given), net), STAGES["04"]
+        s = STAGES["04"]
+        step = step_of_04(settings("04", "cifar10", *given), net)
         huber = seconds(lambda: step(s.pseudo_huber), device)
         cell(f"{1000 * huber:.1f}")
         cell(f"{huber / reflow:.2f}")
@@ -187,7 +199,7 @@ def measure(args, kind, batch, device, limit, out, cell):
 
 
 def row(name, args, kind, *given):
-    """Prints a row. What fails ends it with the first line of its error."""
+    """Prints a row. If something fails, the row ends with the first line of the error."""
     screen, log, cells = sys.stdout, io.StringIO(), []
 
     def cell(text):
@@ -208,13 +220,13 @@ def row(name, args, kind, *given):
             measure(args, kind, *given, cell)
             for _ in CELLS[len(cells):]:
                 cell("-")
-        except Exception as error:  # compilers fail in many ways, and a GPU's memory ends
+        except Exception as error:  # compilers fail in many ways, and a GPU runs out of memory
             print(f" {(str(error) or repr(error)).splitlines()[0]} |", end="", file=screen)
     print(file=screen, flush=True)
 
 
 def features(device):
-    """Prints how fast Inception finds features, as in stage 05."""
+    """Prints how many images Inception takes in a second, as in stage 05."""
     with contextlib.redirect_stdout(io.StringIO()):
         device = start(settings("05", "cifar10", "--device", device), "benchmark")
     s, n = STAGES["05"], 128 if device.type == "cuda" else 8
@@ -225,7 +237,7 @@ def features(device):
 
 
 def in_a_process(until, function, *given):
-    """Calls function(*given) in a process of its own, unless it is too late; then it ends."""
+    """Calls function(*given) in a process of its own, which is ended at the time `until`."""
     if time.monotonic() > until:
         return
     process = multiprocessing.get_context("spawn").Process(target=function, args=given)

@@ -324,7 +324,7 @@ def test_a_run_continues_only_with_the_same_settings_and_images_which_need_label
     save_images(one, red + 1)  # other images at the same place
     assert "made from was" in refused("01", tmp_path, plain, data=one)
     save_images(one, red, [2])
-    assert "class [0]" in refused("01", tmp_path, data=one)
+    assert "labels from 2 to 2" in refused("01", tmp_path, data=one)
     call("02", tmp_path)
     message = refused("02", tmp_path, n_pairs=41, sample_steps=3, seed=1, precision="bf16")
     assert "pairs was 40, is 41; steps was 2, is 3; seed was 0, is 1; precision was" in message
@@ -373,12 +373,12 @@ def test_05_compares_with_the_images_that_the_teacher_saw(tmp_path):
     data = save_images(tmp_path / "own", images)
     call("01", tmp_path, "--no-conditional", data=data)
     cfg = settings_of("05", out=tmp_path, metric="fid")
-    source, reference = script("05").reference_images(cfg, 16)
+    source, reference = script("05").reference_images(cfg, 16, [])
     assert torch.equal(reference, images)
     save_images(data, images.flip(3))
     message = "does not hold the images that the teacher was trained on"
     with pytest.raises(common.UserError, match=message):
-        script("05").reference_images(cfg, 16)
+        script("05").reference_images(cfg, 16, [])
 
 
 def test_an_attention_size_that_no_level_has_is_said(capsys):
@@ -445,7 +445,7 @@ def test_no_code_in_a_file_is_run(monkeypatch):
     with pytest.raises(common.UserError, match="x.pt is damaged or not one of ours"):
         common.read("x.pt")
     with pytest.raises(common.UserError, match="x.npz is no .npz"):
-        script("fid").read_statistics("x.npz")
+        script("fid").read_statistics("x.npz", 3)
     with pytest.raises(pickle.UnpicklingError):
         script("04").load_lpips("cpu")
     with pytest.raises(pickle.UnpicklingError):
