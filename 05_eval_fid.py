@@ -142,14 +142,14 @@ def make_images(net, fast, cfg, n, steps, labels):
 
 
 def feature_network(cfg, device):
-    """(F, fc, facts). F: uint8 (B, 3, H, W) -> features (B, D); fc: features -> scores of classes.
+    """(F, fc, classes, facts). F: uint8 (B, 3, H, W) -> features (B, D); fc: features -> scores.
 
-    facts: what the distance is called, whose weights F has, and the names of its classes.
+    classes: the names that a judge knows, or []. facts: the name of the distance, whose weights.
     """
     if cfg.metric == "fid":
         net = load_inception(device)
-        facts = {"metric": "FID", "judge": INCEPTION_SHA256, "resize": cfg.resize, "classes": []}
-        return partial(inception_features, net, resize=cfg.resize), net.fc, facts
+        facts = {"metric": "FID", "judge": INCEPTION_SHA256, "resize": cfg.resize}
+        return partial(inception_features, net, resize=cfg.resize), net.fc, [], facts
     path = Path(cfg.metric)
     if not path.suffix:
         path = Path(__file__).parent / "extras" / f"{cfg.metric}_judge.pt"
@@ -162,7 +162,7 @@ def feature_network(cfg, device):
     net = net.to(device).eval()
     say(f"judge | right on {judge['accuracy']:.2%} of unseen images; {judge['made_with']}")
     name = path.stem.removesuffix("_judge")
-    return net.features, net.fc, {"metric": f"FD-{name}", "judge": judge["id"], "classes": classes}
+    return net.features, net.fc, classes, {"metric": f"FD-{name}", "judge": judge["id"]}
 
 
 COLUMNS = {"network": "", "calls": "", "distance": ".3f", "named": ".1%", "parameters": ",",
@@ -176,7 +176,7 @@ def table(rows, metric):
     for row in rows:
         line = "|"
         for key, form in COLUMNS.items():
-            value = row.get(key)
+            value = row[key]
             cell = "-" if value is None else format(value, form)
             line += f" {cell} |"
         lines.append(line)
@@ -207,8 +207,7 @@ def main(cfg):
                 "precision": cfg.precision, "rounding": cfg.rounding, "seed": cfg.seed,
                 "first_noise": EVALUATION}
     if cfg.metric != "none":
-        features_of, fc, facts = feature_network(cfg, device)
-        judged = facts.pop("classes")  # the names that the judge knows
+        features_of, fc, judged, facts = feature_network(cfg, device)
         protocol.update(facts)
         source, real = reference_images(cfg, size, judged)
         dimensions = fc.in_features
@@ -222,12 +221,11 @@ def main(cfg):
 
     # 3. Distance and share of matches of any images, uint8 (N, 3, H, W), with their labels (N,).
     def measure(images, labels):
-        scores = {"distance": None, "named": None}
         if cfg.metric == "none":
-            return scores
+            return {}
         features = [features_of(part.to(device)) for part in images.split(BATCH)]
         found = gaussian(features, dimensions)
-        scores["distance"] = frechet_distance(*found, mu, sigma)
+        scores = {"distance": frechet_distance(*found, mu, sigma)}
         if labels is not None and names == judged:
             seen = fc(torch.cat(features)).argmax(1).cpu()
             matches = (seen == labels[RANK::WORLD]).sum()
@@ -241,8 +239,7 @@ def main(cfg):
         requests = torch.arange(12) * 7 % len(names)
     if cfg.metric == "shapes":  # a program can draw more real images
         drawings, labels = draw_shapes(cfg.n_samples, size, seed=1)
-        scores = measure(drawings[RANK::WORLD], labels)
-        rows.append({"network": "real", "calls": None, **scores})
+        rows.append({"network": "real", **measure(drawings[RANK::WORLD], labels)})
         shown = drawings[:12]
         if names:
             shown = torch.stack([drawings[labels == request][0] for request in requests])
@@ -263,6 +260,7 @@ def main(cfg):
         say(f"measured | {name}, calls: {calls}")
 
     # 5. The table and the picture.
+    rows = [{**dict.fromkeys(COLUMNS), **row} for row in rows]  # None: not measured
     if RANK == 0:
         results, picture = "05_results", "05_samples.png"
         if cfg.only != "all":

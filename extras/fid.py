@@ -44,7 +44,7 @@ def read_statistics(path, dimensions):
 def main(cfg):
     require(cfg.images and cfg.reference, "give --images and --reference")
     device, evaluation = start(cfg, "fid"), stage("05")
-    features_of, fc, facts = evaluation.feature_network(cfg, device)
+    features_of, fc, _, facts = evaluation.feature_network(cfg, device)
     gaussians, shapes, dimensions = [], [], fc.in_features
     for source in (cfg.images, cfg.reference):
         if source.endswith(".npz"):

@@ -109,8 +109,8 @@ def test_every_command_runs(tmp_path, monkeypatch):
     def mean_colour(images):
         return images.double().mean((2, 3))
 
-    facts = {"metric": "FID", "judge": "stand-in", "classes": []}
-    stand_in = mean_colour, torch.nn.Linear(3, 18), facts
+    facts = {"metric": "FID", "judge": "stand-in"}
+    stand_in = mean_colour, torch.nn.Linear(3, 18), [], facts
     monkeypatch.setattr(script("05"), "feature_network", lambda cfg, device: stand_in)
 
     found = list(commands())

@@ -74,7 +74,7 @@ def test_fd_shapes_sees_what_a_person_would_see_and_the_judge_names_drawings(mon
         return s.gaussian(map(features_of, images.split(512)), fc.in_features)
 
     s, (unseen, labels) = script("05"), draw_shapes(1024, 16, seed=1)
-    features_of, fc, facts = s.feature_network(settings_of("05"), CPU)
+    features_of, fc, _, facts = s.feature_network(settings_of("05"), CPU)
     noise = 0.3 * torch.randn(unseen.shape)
     sets = {"unseen": unseen,
             "noise": to_uint8(from_uint8(unseen) + noise),
