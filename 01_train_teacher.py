@@ -112,10 +112,8 @@ def main(cfg):
         made_from["labels"] = fingerprint(labels)
         classes = len(labels.unique())
         require(labels.min() == 0 and labels.max() == classes - 1, f"{cfg.data} has {classes} "
-                f"classes, but labels from {labels.min()} to {labels.max()}. A class without images "
-                "cannot be learned: number them 0, 1, 2, ... without gaps")
-        require(not names or len(names) >= classes,
-                f"{cfg.data} has {classes} classes, but {len(names)} names for them")
+                f"classes, but labels from {labels.min()} to {labels.max()}. Number them 0, 1, 2, "
+                "...: a class without images cannot be learned")
     else:
         labels = None
 
@@ -126,7 +124,7 @@ def main(cfg):
     say(f"teacher | {sum(p.numel() for p in net.parameters()):,} parameters, {classes} classes")
 
     # 3. Training.
-    trainer = Trainer(cfg, "01 teacher", net, made_from)
+    trainer = Trainer(cfg, "01 teacher", net, made_from, cfg.batch)
     for step in trainer.steps():
         x, y = trainer.draw(images, labels)
         x = from_uint8(x)  # (B, 3, H, W)
@@ -139,8 +137,7 @@ def main(cfg):
         if trainer.done % max(1, cfg.steps // 8) == 0:  # watch it learn, from the same noises
             title = f"after {trainer.done} steps"
             trainer.strips[title] = samples(trainer.ema, cfg.seed, range(12), 12)
-            rows, titles = list(trainer.strips.values()), list(trainer.strips)
-            save_grid(cfg.folder / "01_samples.png", rows, titles)
+            save_grid(cfg.folder / "01_samples.png", trainer.strips.values(), trainer.strips)
 
     # 4. Keep the averaged weights.
     save_network(cfg, "01_teacher.pt", trainer.ema, made_from)

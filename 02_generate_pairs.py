@@ -22,16 +22,15 @@ Writes  out/<preset>/02_pairs.pt, 02_pairs.png; until all pairs are there, 02_pa
         which an interrupted run continues
 Takes   shapes: 2 s on 2 CPU cores (AMD EPYC, torch 2.13)
 """
-import datetime
 import math
 import shutil
 import time
 
 import torch
 
-from common import (LOG_SECONDS, PAIRS, RANK, WORLD, compiled, euler, fingerprint, labels_for, load,
+from common import (LOG_SECONDS, PAIRS, RANK, WORLD, compiled, euler, labels_for, load,
                     load_network, noise_for, read, require, require_same_run, run, sampling_batch,
-                    save, save_grid, say, settings_of, start, wait_for_all)
+                    save, save_artifact, save_grid, say, start, wait_for_all)
 
 SETTINGS = {
     "n_pairs": dict(shapes=160, imagenet64=200_000, others=50_000,
@@ -49,7 +48,7 @@ def make_pairs(cfg, name, net, made_from, n, steps, first_index, sampler=euler):
     over the classes. Each batch is saved when it is made, so an interrupted run continues; several
     processes share the batches. Raises UserError if what is there was made with other settings.
     """
-    require(n and steps, f"{n} pairs of {steps} steps: both must be at least 1")
+    require(n, "there must be at least 1 pair")
     path, folder = cfg.folder / name, cfg.folder / f"{name}.parts"
     made = {"made from": made_from, "pairs": n, "steps": steps, "seed": cfg.seed,
             "precision": net.precision}
@@ -79,7 +78,7 @@ def make_pairs(cfg, name, net, made_from, n, steps, first_index, sampler=euler):
     # 2. Follow their noises. (The compiled network is for full batches.)
     labels = labels_for(cfg.seed, n, net.args["classes"])
     fast = compiled(cfg, net, len(todo) * steps, batch)
-    began = logged = time.monotonic()
+    logged = time.monotonic()
     for done, first in enumerate(todo, 1):
         last = min(first + batch, n)
         indices = range(first_index + first, first_index + last)
@@ -92,12 +91,9 @@ def make_pairs(cfg, name, net, made_from, n, steps, first_index, sampler=euler):
         x = x.half().cpu()
         require(x.isfinite().all(), f"images of pairs {first} to {last - 1} are not finite")
         save(files[first], z=z, x=x, made=made_in_parts)
-        now = time.monotonic()
-        if now - logged > LOG_SECONDS:
-            left = (now - began) / done * (len(todo) - done)
-            left = datetime.timedelta(seconds=round(left))
-            say(f"{name} | batch {done} of {len(todo)} | left {left}")
-            logged = now
+        if time.monotonic() - logged > LOG_SECONDS:
+            say(f"{name} | batch {done} of {len(todo)}")
+            logged = time.monotonic()
     wait_for_all()
 
     # 3. Join them. The large arrays are mapped files: memory never has to hold them.
@@ -110,9 +106,8 @@ def make_pairs(cfg, name, net, made_from, n, steps, first_index, sampler=euler):
             size = n * math.prod(net.shape)
             mapped = torch.from_file(str(folder / key), size=size, dtype=torch.half)
             arrays[key] = mapped.view(n, *net.shape)
-        save(path, preset=cfg.preset, settings=settings_of(cfg), id=fingerprint(*arrays.values()),
-             made_from=made_from, made=made, **arrays, labels=labels, network=net.args,
-             class_names=net.class_names)
+        save_artifact(cfg, name, net, made_from, arrays.values(), made=made, labels=labels,
+                      **arrays)
         shutil.rmtree(folder)
     wait_for_all()
 

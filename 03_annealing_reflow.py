@@ -111,19 +111,19 @@ def main(cfg):
 
     # 1. The pairs. They are mapped into memory, and read from the disk as they are drawn.
     pairs = load(cfg, "02_pairs.pt")
-    size, classes = pairs["network"]["image_size"], pairs["network"]["classes"]
-    say(f"pairs | {len(pairs['x']):,} of {size}x{size}")
+    teacher = pairs["network"]  # its arguments
+    say(f"pairs | {len(pairs['x']):,} of {teacher['classes']} classes")
 
     # 2. The small network, from random weights. Stage 04 makes the student of it.
     if cfg.start_from == "teacher":
         net, _ = load_network(cfg, "01_teacher.pt", device)
     else:
-        net = new_network(cfg, size, classes).to(device)
+        net = new_network(cfg, teacher["image_size"], teacher["classes"]).to(device)
     net.class_names = pairs.get("class_names") or net.class_names
     say(f"small network | {sum(p.numel() for p in net.parameters()):,} parameters")
 
     # 3. Training, while beta falls.
-    trainer = Trainer(cfg, "03 reflow", net, pairs["lineage"])
+    trainer = Trainer(cfg, "03 reflow", net, pairs["lineage"], cfg.batch)
     for step in trainer.steps():
         z, x, y = trainer.draw(pairs["z"], pairs["x"], pairs["labels"])
         z, x = z.float(), x.float()  # (B, 3, H, W)
@@ -137,7 +137,7 @@ def main(cfg):
         t = draw_t(len(x), cfg.t_distribution, device)
         b = beta(step, cfg)
         loss = reflow_loss(trainer.net, z, x, t, b, y)
-        trainer.update(loss, note=f"beta {b:.3f}")
+        trainer.update(loss, note=f"beta {b:.3f} | ")
 
     # 4. Keep the averaged weights, and look: one call above, 25 calls below, from the same noises.
     save_network(cfg, "03_reflow.pt", trainer.ema, pairs["lineage"])

@@ -37,7 +37,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from common import (EVALUATION, RANK, WORLD, Attention, compiled, download, fingerprint,
+from common import (RANK, WORLD, Attention, compiled, download, fingerprint,
                     from_uint8, labels_for, load, load_data, load_network, read, require, run,
                     samples, sampling_batch, save_grid, say, start, to_uint8, writing)
 from extras.drawings import draw_shapes
@@ -52,7 +52,7 @@ SETTINGS = {
     "flow_steps": dict(shapes=6, cifar10_quick=25, others=100, help="Euler steps"),
     "student_steps": dict(others=1, help="Euler steps"),
     "metric": dict(shapes="shapes", cifar10_quick="cifar10", others="fid",
-                   help="whose features: fid (Inception's), shapes, cifar10 or the file of a judge; "
+                   help="whose features: fid (Inception's), or a judge's: shapes, cifar10, a file; "
                         "or none"),
     "resize": dict(others="tf1", choices=("tf1", "pytorch_fid"), help="for FID. paper: tf1"),
     "rounding": dict(shapes="round", others="truncate", choices=("round", "truncate"),
@@ -176,7 +176,7 @@ def table(rows, metric):
     for row in rows:
         line = "|"
         for key, form in COLUMNS.items():
-            value = row[key]
+            value = row.get(key)
             cell = "-" if value is None else format(value, form)
             line += f" {cell} |"
         lines.append(line)
@@ -186,9 +186,8 @@ def table(rows, metric):
 @torch.no_grad()
 def main(cfg):
     device = start(cfg, "05 evaluation")
-    fewest = min(cfg.teacher_steps, cfg.flow_steps, cfg.student_steps)
-    require(cfg.n_samples >= max(2, WORLD) and fewest >= 1,
-            "--n_samples must be at least 2, and the steps at least 1")
+    require(cfg.n_samples >= max(2, WORLD), "--n_samples must be at least 2, and as many as there "
+            "are processes")
 
     # 1. The networks, each with its usual number of calls and with a single one.
     networks = []  # (name, network, calls)
@@ -204,8 +203,7 @@ def main(cfg):
 
     # 2. The real images, and the Gaussian of their features.
     protocol = {"metric": "none", "reference": cfg.reference, "n_samples": cfg.n_samples,
-                "precision": cfg.precision, "rounding": cfg.rounding, "seed": cfg.seed,
-                "first_noise": EVALUATION}
+                "precision": cfg.precision, "rounding": cfg.rounding, "seed": cfg.seed}
     if cfg.metric != "none":
         features_of, fc, judged, facts = feature_network(cfg, device)
         protocol.update(facts)
@@ -217,7 +215,8 @@ def main(cfg):
                 "which makes the distance too large. Take more, or --allow_few")
         parts = real[RANK::WORLD].split(BATCH)
         mu, sigma = gaussian((features_of(part.to(device)) for part in parts), dimensions)
-        protocol.update(reference=source, n_reference=len(real), reference_id=fingerprint(mu, sigma))
+        protocol.update(reference=source, n_reference=len(real),
+                        reference_id=fingerprint(mu, sigma))
 
     # 3. Distance and share of matches of any images, uint8 (N, 3, H, W), with their labels (N,).
     def measure(images, labels):
@@ -234,9 +233,10 @@ def main(cfg):
 
     # 4. A row of the table for each set of images. In the picture, a column has one request and
     # one noise: only the row of real drawings has none.
-    rows, pictures, requests = [], {}, None
+    rows, pictures, requests, columns = [], {}, None, []
     if names:
         requests = torch.arange(12) * 7 % len(names)
+        columns = [names[request] for request in requests]
     if cfg.metric == "shapes":  # a program can draw more real images
         drawings, labels = draw_shapes(cfg.n_samples, size, seed=1)
         rows.append({"network": "real", **measure(drawings[RANK::WORLD], labels)})
@@ -260,7 +260,6 @@ def main(cfg):
         say(f"measured | {name}, calls: {calls}")
 
     # 5. The table and the picture.
-    rows = [{**dict.fromkeys(COLUMNS), **row} for row in rows]  # None: not measured
     if RANK == 0:
         results, picture = "05_results", "05_samples.png"
         if cfg.only != "all":
@@ -272,8 +271,7 @@ def main(cfg):
         content = json.dumps({"protocol": protocol, "rows": rows}, indent=1)
         with writing(cfg.folder / f"{results}.json") as file:
             file.write(content.encode())
-        columns = [names[request] for request in requests] if names else []
-        save_grid(cfg.folder / picture, list(pictures.values()), list(pictures), columns)
+        save_grid(cfg.folder / picture, pictures.values(), pictures, columns)
         say("\n".join(["", *lines, f"wrote {cfg.folder}/{results}.md, .json, {picture}"]))
 
 
@@ -332,8 +330,6 @@ class Inception(nn.Module):
     def conv(self, x, name, c_out, kernel, stride=1, padding="same"):
         """The convolution of this name, applied to x."""
         if name not in self._modules:
-            if padding == "same":
-                padding = tuple(k // 2 for k in kernel)
             layer = Conv(x.shape[1], c_out, kernel, stride, padding)
             self.add_module(name, layer.eval())
         return self._modules[name](x)

@@ -106,12 +106,12 @@ class Attention(nn.Module):
         self.proj = init_(nn.Conv2d(channels, channels, 1), NEARLY_ZERO)
 
     def forward(self, x):
-        b, c, height, width = x.shape
+        b, c = x.shape[:2]
         qkv = self.qkv(self.norm(x))  # (B, 3C, H, W)
-        qkv = qkv.view(b, 3, 1, c, height * width).transpose(3, 4)
+        qkv = qkv.view(b, 3, 1, c, -1).transpose(3, 4)
         q, k, v = qkv.contiguous().unbind(1)  # (B, 1, HW, C): fused attention wants C last
         h = F.scaled_dot_product_attention(q, k, v)
-        h = h.transpose(2, 3).reshape(b, c, height, width)
+        h = h.transpose(2, 3).reshape(x.shape)
         return (x + self.proj(h)) * math.sqrt(0.5)
 
 
@@ -270,6 +270,7 @@ def euler(net, z, steps, labels=None):
 
     One step is x = z + v(z, EPS).
     """
+    require(steps, "an image needs at least 1 step")
     x = z
     for i in range(steps):
         # x <- x + v(x, t_i) / N,  t_i = EPS + (1 - EPS) i / N
@@ -342,9 +343,9 @@ def compiled(cfg, net, calls, batch, training=False):
     fast = torch.compile(net, dynamic=False, mode="reduce-overhead")
     x = torch.randn(batch, *net.shape, device=net.device)
     t = torch.rand(batch, device=net.device)
-    labels = None
-    if net.args["classes"]:
-        labels = torch.zeros(batch, dtype=torch.int64, device=net.device)
+    labels = labels_for(0, batch, net.args["classes"])
+    if labels is not None:
+        labels = labels.to(net.device)
     try:
         for _ in range(3):  # the first call compiles, the second records, the third replays
             with torch.set_grad_enabled(training):
@@ -383,7 +384,7 @@ def orthogonalise(m):
 class Trainer:
     """What surrounds a training step: optimiser, learning rate, EMA, log, resume, processes.
 
-        trainer = Trainer(cfg, "01 teacher", net, made_from)
+        trainer = Trainer(cfg, "01 teacher", net, made_from, cfg.batch)
         for step in trainer.steps():             # also logs, and saves the state now and then
             x, y = trainer.draw(images, labels)  # random rows, on the device
             loss = ...                           # calls trainer.net
@@ -392,8 +393,8 @@ class Trainer:
     trainer.ema is the network with averaged weights: only this one makes images and is kept.
     """
 
-    def __init__(self, cfg, name, net, made_from, batch=None):
-        """batch: images in a call of trainer.net, if it is not cfg.batch."""
+    def __init__(self, cfg, name, net, made_from, batch):
+        """batch: images in a call of trainer.net."""
         require(cfg.steps and cfg.batch and cfg.batch % WORLD == 0, f"--steps {cfg.steps} and "
                 f"--batch {cfg.batch} must be at least 1, and the batch a multiple of the {WORLD} "
                 "processes")
@@ -428,8 +429,7 @@ class Trainer:
             self.path.unlink(missing_ok=True)
         if self.path.exists() and not cfg.restart:
             self.load_state()
-        calls, batch = cfg.steps - self.done, batch or cfg.batch
-        self.net = compiled(cfg, net, calls, batch // WORLD, training=True)
+        self.net = compiled(cfg, net, cfg.steps - self.done, batch // WORLD, training=True)
         if WORLD > 1:  # averages the gradients of all processes
             self.net = nn.parallel.DistributedDataParallel(self.net, broadcast_buffers=False)
 
@@ -561,7 +561,7 @@ class Trainer:
         d = min(cfg.ema, (1 + n) / (10 + n))
         torch._foreach_lerp_(self.averages, self.weights, 1 - d)
         self.recent.append(torch.stack([loss, norm]))  # reading it here would wait for the GPU
-        self.note = f"{note} | " if note else ""
+        self.note = note
 
 
 # -------------------------------------------------------------------------- images and their labels
@@ -584,15 +584,11 @@ def load_data(source, image_size):
     """
     from extras import drawings, image_files  # long, and not about the method
 
-    notes = ""
     if source == "shapes":
         images, labels = drawings.draw_shapes(16_384, image_size or 16)
-        names = drawings.CLASSES
-    elif source == "cifar10" or str(source).endswith(".tar.gz"):
-        images, labels = image_files.read_cifar10(source, image_size)
-        names = image_files.CIFAR10_CLASSES
+        names, notes = drawings.CLASSES, ""
     else:
-        images, labels, names, notes = image_files.read_files(source, image_size)
+        images, labels, names, notes = image_files.read_source(source, image_size)
     say(image_files.describe(source, images, labels, names) + notes)
     return images, labels, names
 
@@ -604,6 +600,7 @@ def save_grid(path, rows, titles=(), columns=()):
 
     titles: a text above each row; columns: a text of two words above each column.
     """
+    rows, titles = list(rows), list(titles)
     size = rows[0].shape[-1]
     cell = size * max(1, 64 // size) + 2  # small images are enlarged
     bar = 18 if titles else 0
@@ -847,31 +844,43 @@ def read(path, checksums=True):
 def load(cfg, name):
     """The artifact <out>/<preset>/<name>. Its "lineage": the made_from of what is made from it."""
     path = cfg.folder / name
-    stage = f"Run stage {name[:2]} for --preset {cfg.preset} --out {cfg.out}"
-    require(path.exists(), f"{path} is missing. {stage} first")
+    run_it = f"Run stage {name[:2]} for --preset {cfg.preset} --out {cfg.out}"
+    require(path.exists(), f"{path} is missing. {run_it} first")
     artifact = read(path)
-    require(artifact.get("preset") == cfg.preset, f"{path} is of another --preset. {stage} again")
+    require(artifact.get("preset") == cfg.preset, f"{path} is of another --preset. {run_it} again")
     for parent, identity in artifact["made_from"].items():
         if (cfg.folder / parent).exists() and not cfg.allow_mixed:
             found = read(cfg.folder / parent, checksums=False)["id"]
             require(found == identity, f"{path} is out of date: it was made from another {parent} "
-                    f"than the one beside it. {stage} again, with --restart")
+                    f"than the one beside it. {run_it} again, with --restart")
     return {**artifact, "lineage": {**artifact["made_from"], name: artifact["id"]}}
+
+
+def save_artifact(cfg, name, net, made_from, tensors, **content):
+    """Process 0 writes <out>/<preset>/<name>: the content, which has the id of these tensors."""
+    if RANK == 0:
+        save(cfg.folder / name, preset=cfg.preset, settings=settings_of(cfg), made_from=made_from,
+             id=fingerprint(*tensors), network=net.args, class_names=net.class_names, **content)
 
 
 def save_network(cfg, name, net, made_from):
     """Process 0 writes <out>/<preset>/<name>: the weights, and the arguments of the network."""
-    if RANK == 0:
-        weights = {key: value.cpu() for key, value in net.state_dict().items()}
-        save(cfg.folder / name, id=fingerprint(*weights.values()), made_from=made_from,
-             preset=cfg.preset, settings=settings_of(cfg), network=net.args, weights=weights,
-             class_names=net.class_names)
+    weights = {key: value.cpu() for key, value in net.state_dict().items()}
+    save_artifact(cfg, name, net, made_from, weights.values(), weights=weights)
 
 
 def new_network(cfg, image_size, classes):
     """A UNet with random weights, as large as the settings say."""
-    return UNet(image_size, 3, cfg.base, cfg.mult, cfg.blocks, cfg.attn, classes, cfg.dropout,
-                cfg.precision)
+    return UNet(
+        image_size,
+        base=cfg.base,
+        mult=cfg.mult,
+        blocks=cfg.blocks,
+        attn=cfg.attn,
+        classes=classes,
+        dropout=cfg.dropout,
+        precision=cfg.precision,
+    )
 
 
 def load_network(cfg, name, device):
@@ -880,8 +889,7 @@ def load_network(cfg, name, device):
     net = UNet(**artifact["network"], precision=cfg.precision)
     net.load_state_dict(artifact["weights"])
     net.class_names = artifact.get("class_names") or net.class_names
-    net = net.to(device).eval()
-    return net, artifact
+    return net.to(device).eval(), artifact
 
 
 def download(url, sha256, instead):

@@ -112,7 +112,7 @@ def step_of_03(cfg, net):
     """A function that makes one training step, as main() in stage 03 does."""
     s = STAGES["03"]
     pairs = torch.randn(2, 4096, *net.shape).half()
-    trainer = Trainer(cfg, "benchmark", net, {})
+    trainer = Trainer(cfg, "benchmark", net, {}, cfg.batch)
     steps = trainer.steps()
 
     def step():

@@ -52,11 +52,11 @@ def main(cfg):
             continue
         images = load_data(source, None)[0]
         require(len(images) >= dimensions or cfg.allow_few, f"{len(images)} images are fewer than "
-                f"the {dimensions} features of {facts['metric']}, which makes the distance too large. "
-                "Take more, or --allow_few")
+                f"the {dimensions} features of {facts['metric']}, which makes the distance too "
+                "large. Take more, or --allow_few")
         shapes.append(images.shape[1:])
-        require(shapes[-1] == shapes[0], f"{source} holds images of another size than {cfg.images}: "
-                "bring them to one size first")
+        require(shapes[-1] == shapes[0], f"{source} holds images of another size than "
+                f"{cfg.images}: bring them to one size first")
         parts = images.split(evaluation.BATCH)
         batches = (features_of(part.to(device)) for part in parts)
         gaussians.append(evaluation.gaussian(batches, dimensions))

@@ -31,7 +31,7 @@ HIDDEN = re.compile(r"(^|/)(\.[^/]|__MACOSX/)|/$")
 
 
 def describe(source, images, labels, names):
-    """A line about a data set; with the name and the size of each class, if there are at most 20."""
+    """A line about a data set; with the name and size of each class, if there are at most 20."""
     height, width = images.shape[2:]
     line = f"data | {len(images):,} images of {width}x{height} from {source}"
     if labels is None:
@@ -42,6 +42,14 @@ def describe(source, images, labels, names):
         known = dict(enumerate(names))
         sizes = ", ".join(f"{known.get(y, y)} {n:,}" for y, n in sorted(counts.items()))
     return f"{line} | {len(counts):,} classes: {sizes}"
+
+
+def read_source(source, image_size):
+    """(images, labels, names of the classes, notes) of load_data() in common.py."""
+    if source == "cifar10" or str(source).endswith(".tar.gz"):
+        images, labels = read_cifar10(source, image_size)
+        return images, labels, CIFAR10_CLASSES, ""
+    return read_files(source, image_size)
 
 
 def read_cifar10(path, image_size):
@@ -168,7 +176,9 @@ def read_labels(content, names):
     numbers = torch.tensor([given[name] for name in names])
     labels = numbers.long()
     require(labels.ndim == 1 and (labels == numbers).all(), "a label is not a whole number")
-    return labels, list(map(str, dataset.get("classes") or []))
+    classes = list(map(str, dataset.get("classes") or []))
+    require(not classes or labels.max() < len(classes), "it names fewer classes than it has")
+    return labels, classes
 
 
 def class_folders(names):

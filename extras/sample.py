@@ -12,11 +12,11 @@ import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import (from_uint8, labels_for, load_network, read_settings, require, run, save_grid, say,
-                    stage, start, writing)
+from common import (from_uint8, labels_for, load_network, read_settings, require, run, save_grid,
+                    say, stage, start, writing)
 
 SETTINGS = {
-    "network": dict(others="student", choices=("teacher", "flow", "student"), help="who makes them"),
+    "network": dict(others="student", choices=("teacher", "flow", "student"), help="which one"),
     "steps": dict(others=0, help="network calls for an image; 0: as many as in stage 05"),
     "n": dict(others=64, help="how many"),
     "label": dict(others="", help="a class, by name or number; otherwise one at random for each"),

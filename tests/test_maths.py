@@ -315,7 +315,7 @@ def trained(cfg, loss=noisy, made_from="1", **changed):
     These are the weights, the EMA, what the optimisers remember, and the samples.
     """
     cfg = SimpleNamespace(**{**vars(cfg), **changed})
-    trainer = Trainer(cfg, "01 teacher", small_network(), {"data": made_from})
+    trainer = Trainer(cfg, "01 teacher", small_network(), {"data": made_from}, cfg.batch)
     for step in trainer.steps():
         trainer.update(loss(step, trainer))
         if step == 5:

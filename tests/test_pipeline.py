@@ -55,15 +55,16 @@ def test_all_five_stages_write_their_artifacts(finished):
     assert files_in(finished) - {".lock"} == files
 
     rows = rows_of(finished)
-    assert [(row["network"], row["calls"]) for row in rows] == [
+    assert [(row["network"], row.get("calls")) for row in rows] == [
         ("real", None),
         ("teacher", 2),
         ("teacher", 1),
         ("2-rectified flow", 2),
         ("2-rectified flow", 1),
         ("student", 1)]
-    for row in rows:
+    for row in rows[1:]:
         assert " ".join(row) == "network calls distance named parameters macs ms"
+    for row in rows:
         assert row["distance"] >= 0
         assert 0 <= row["named"] <= 1
 

@@ -218,7 +218,7 @@ def test_the_processes_share_each_batch_and_average_their_gradients(
     assert len(rows) == 4
     cfg.batch = 9
     with pytest.raises(common.UserError, match="the batch a multiple of the 2 processes"):
-        common.Trainer(cfg, "03 reflow", net, {})
+        common.Trainer(cfg, "03 reflow", net, {}, cfg.batch)
 
 
 def test_a_process_compiles_for_its_share_of_the_work(
@@ -254,7 +254,7 @@ def test_only_process_0_writes(tmp_path, monkeypatch):
     monkeypatch.setattr(common, "RANK", 1)
     cfg = settings_of("03", out=tmp_path)
     net = filled(**NET)
-    common.Trainer(cfg, "03 reflow", net, {}).save_state()
+    common.Trainer(cfg, "03 reflow", net, {}, cfg.batch).save_state()
     common.save_network(cfg, "03_reflow.pt", net, {})
     common.save_grid(cfg.folder / "03_samples.png", [torch.zeros(1, 3, 8, 8)])
     assert not cfg.folder.exists()
