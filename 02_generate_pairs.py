@@ -33,9 +33,9 @@ from common import (LOG_SECONDS, PAIRS, RANK, WORLD, compiled, euler, labels_for
                     save, save_artifact, save_grid, say, start, wait_for_all)
 
 SETTINGS = {
-    "n_pairs": dict(shapes=160, imagenet64=200_000, others=50_000,
+    "n_pairs": dict(shapes=160, cifar10_quick=16_384, imagenet64=200_000, others=50_000,
                     help="paper: 50,000 or more"),
-    "sample_steps": dict(shapes=10, cifar10_quick=50, others=100, help="Euler steps. paper: RK45"),
+    "sample_steps": dict(shapes=10, cifar10_quick=16, others=100, help="Euler steps. paper: RK45"),
     "precision": dict(shapes="fp32", others="auto", choices=("fp32", "bf16", "auto"),
                       help="of the network"),
 }

@@ -49,7 +49,7 @@ SETTINGS = {
     # beta, see beta()
     "schedule": dict(others="linear", choices=("linear", "cosine", "exponential", "none"),
                      help="of beta; none: reflow without annealing"),
-    "anneal_steps": dict(shapes=675, cifar10_quick=15_000, others=300_000, help="K"),
+    "anneal_steps": dict(shapes=675, cifar10_quick=2250, others=300_000, help="K"),
     "flip": dict(imagenet64=False, others=True, help="mirror half of the pairs"),
     # The small network: 0.1M parameters for shapes, 7.0M for cifar10_quick, 15.7M for cifar10 and
     # ffhq64, 80.6M for imagenet64. (Paper, ImageNet: an ADM U-Net of 80.7M.)
@@ -64,15 +64,16 @@ SETTINGS = {
     "start_from": dict(others="scratch", choices=("scratch", "teacher"),
                        help="teacher: the usual reflow, with its weights and its size"),
     # Training.
-    "t_distribution": dict(shapes="early", others="uniform",
+    "t_distribution": dict(shapes="early", cifar10_quick="early", others="uniform",
                            choices=("uniform", "logit_normal", "early"), help="see draw_t() in 01"),
-    "optimizer": dict(shapes="muon", others="adam", choices=("adam", "muon"), help="see Trainer"),
-    "steps": dict(shapes=1800, cifar10_quick=40_000, others=800_000, help="optimiser steps"),
+    "optimizer": dict(shapes="muon", cifar10_quick="muon", others="adam", choices=("adam", "muon"),
+                      help="see Trainer"),
+    "steps": dict(shapes=1800, cifar10_quick=6000, others=800_000, help="optimiser steps"),
     "batch": dict(shapes=32, others=128, help="pairs in a step"),
-    "lr": dict(shapes=8e-3, others=2e-4, help="learning rate"),
-    "warmup": dict(shapes=100, cifar10_quick=1000, others=5000, help="steps while lr rises"),
-    "cooldown": dict(shapes=0.6, cifar10_quick=0.3, others=0.0, help="share while lr falls"),
-    "ema": dict(shapes=0.999, cifar10_quick=0.9995, others=0.999999, help="decay of the average"),
+    "lr": dict(shapes=8e-3, cifar10_quick=8e-3, others=2e-4, help="learning rate"),
+    "warmup": dict(shapes=100, cifar10_quick=200, others=5000, help="steps while lr rises"),
+    "cooldown": dict(shapes=0.6, cifar10_quick=0.6, others=0.0, help="share while lr falls"),
+    "ema": dict(shapes=0.999, cifar10_quick=0.999, others=0.999999, help="decay of the average"),
     "precision": dict(shapes="fp32", others="auto", choices=("fp32", "bf16", "auto"),
                       help="auto: bf16 where the hardware has it"),
 }

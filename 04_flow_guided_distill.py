@@ -51,26 +51,28 @@ from common import (EPS, OWN_PAIRS, WORLD, Trainer, UNet, compiled, download, lo
                     require, run, samples, save_grid, save_network, say, stage, start)
 
 SETTINGS = {
-    "distance": dict(shapes="huber", others="lpips", choices=("l2", "huber", "lpips"), help="D"),
+    "distance": dict(shapes="huber", cifar10_quick="huber", others="lpips",
+                     choices=("l2", "huber", "lpips"), help="D"),
     "guidance": dict(others=1.0, help="weight of L_2step; 0: pairs alone"),
     "guide_from": dict(others="noise", choices=("noise", "pairs"), help="the z of L_2step"),
     "t_low": dict(others=0.2, help="of t in L_2step. official code: 0.2"),
     "t_high": dict(others=0.8, help="of t in L_2step. official code: 0.8"),
-    # `shapes` learns from the teacher's pairs, which are there already. The paper's best students
-    # learn from pairs that the flow makes itself.
-    "pairs_from": dict(shapes="teacher", others="flow", choices=("teacher", "flow"),
-                       help="whose pairs"),
+    # `shapes` and `cifar10_quick` learn from the teacher's pairs, which are there already. The
+    # paper's best students learn from pairs that the flow makes itself.
+    "pairs_from": dict(shapes="teacher", cifar10_quick="teacher", others="flow",
+                       choices=("teacher", "flow"), help="whose pairs"),
     "n_pairs": dict(shapes=1024, imagenet64=200_000, others=50_000, help="of the flow"),
-    "pair_steps": dict(shapes=10, cifar10_quick=25, others=100, help="of the flow. paper: RK45"),
+    "pair_steps": dict(shapes=10, cifar10_quick=16, others=100, help="of the flow. paper: RK45"),
     # Training.
     "start_from": dict(others="flow", choices=("flow", "scratch"), help="the first weights"),
-    "optimizer": dict(shapes="muon", others="adam", choices=("adam", "muon"), help="see Trainer"),
-    "steps": dict(shapes=500, cifar10_quick=15_000, others=400_000, help="optimiser steps"),
+    "optimizer": dict(shapes="muon", cifar10_quick="muon", others="adam", choices=("adam", "muon"),
+                      help="see Trainer"),
+    "steps": dict(shapes=500, cifar10_quick=2500, others=400_000, help="optimiser steps"),
     "batch": dict(shapes=16, others=128, help="pairs in a step, and as many new noises"),
-    "lr": dict(shapes=5e-3, others=2e-4, help="learning rate"),
-    "warmup": dict(shapes=50, others=0, help="steps while lr rises"),
-    "cooldown": dict(shapes=1.0, cifar10_quick=0.5, others=0.0, help="share while lr falls"),
-    "ema": dict(shapes=0.995, cifar10_quick=0.9995, others=0.999999, help="decay of the average"),
+    "lr": dict(shapes=5e-3, cifar10_quick=4e-3, others=2e-4, help="learning rate"),
+    "warmup": dict(shapes=50, cifar10_quick=100, others=0, help="steps while lr rises"),
+    "cooldown": dict(shapes=1.0, cifar10_quick=1.0, others=0.0, help="share while lr falls"),
+    "ema": dict(shapes=0.995, cifar10_quick=0.999, others=0.999999, help="decay of the average"),
     "precision": dict(shapes="fp32", others="auto", choices=("fp32", "bf16", "auto"),
                       help="auto: bf16 where the hardware has it"),
 }

@@ -48,8 +48,8 @@ SETTINGS = {
     "reference": dict(others="", help="images to compare with, if not the teacher's data"),
     "n_samples": dict(shapes=1024, cifar10_quick=10_000, others=50_000, help="images per network"),
     # Network calls for an image. paper: RK45, an adaptive solver, for teacher and flow
-    "teacher_steps": dict(shapes=12, cifar10_quick=50, others=100, help="Euler steps"),
-    "flow_steps": dict(shapes=6, cifar10_quick=25, others=100, help="Euler steps"),
+    "teacher_steps": dict(shapes=12, cifar10_quick=25, others=100, help="Euler steps"),
+    "flow_steps": dict(shapes=6, cifar10_quick=8, others=100, help="Euler steps"),
     "student_steps": dict(others=1, help="Euler steps"),
     "metric": dict(shapes="shapes", cifar10_quick="cifar10", others="fid",
                    help="whose features: fid (Inception's), or a judge's: shapes, cifar10, a file; "

@@ -171,7 +171,7 @@ def test_without_classes_and_with_classes_of_ones_own(tmp_path):
         call(number, tmp_path)
     assert artifact(tmp_path, "02_pairs.pt")["labels"] is None
     real, *made = rows_of(tmp_path)
-    assert [row["named"] for row in made] == [None] * 5
+    assert not any("named" in row for row in made)
     with pytest.raises(common.UserError, match="--label red square: the student knows no classes"):
         sample(tmp_path, n=2, label="red square")
 
