@@ -14,8 +14,7 @@ the average direction of all these lines, weighted by how likely they are.
 
 Why do the images come out right nevertheless? Imagine a crowd in which each person walks along a
 straight line. Wherever several people meet, all of them continue with the average velocity of the
-group. Nobody keeps their own line any more, but as many people as before enter and leave each
-place. So at every t the crowd is spread out as it would have been, and at t = 1 it is spread out
+group. Nobody keeps their own line any more, but still as many people enter and leave each place. So at every t the crowd is spread out as it would have been, and at t = 1 it is spread out
 like the images.
 
 What the average does change is the path: it bends. At t = 0 every image is still possible, and the
@@ -29,9 +28,9 @@ makes better images, so only the average is kept: average <- d average + (1 - d)
 steps d is min(ema, (1 + n) / (10 + n)): small at first, so that the random weights of the start
 are soon forgotten. (The paper's ema of 0.999999 would be reached after 9 million steps.)
 
-At first the network answers 0, so the loss begins at E |x - z|^2, which is 1.5 for `shapes`. It
-does not fall to 0, however good the network is, because the lines through x_t do differ from
-their average. About 0.06 remains.
+At first the network answers 0, so the loss begins at E |x - z|^2. That is 1.5 for `shapes`: 1 from
+the noise and 0.5 from the images. It does not fall to 0, however good the network is, because the
+lines through x_t do differ from their average. About 0.06 remains.
 
 Reads   images: --data shapes (drawn by the program), cifar10 (downloaded), or the path of a folder
         or zip; docs/images.md says what your own may look like
@@ -60,7 +59,7 @@ SETTINGS = {
     "blocks": dict(shapes=1, cifar10_quick=2, imagenet64=3, others=4, help="per level"),
     "attn": dict(shapes=(8,), others=(16,), help="image sizes with attention"),
     "dropout": dict(shapes=0.0, cifar10_quick=0.0, imagenet64=0.1, others=0.15, help="probability"),
-    # Training. (The paper trains no teacher: these are the steps that it gives stage 03.)
+    # Training. The paper trains no teacher. The 800,000 steps are those of its stage 03.
     "t_distribution": dict(shapes="logit_normal", cifar10_quick="logit_normal", others="uniform",
                            choices=("uniform", "logit_normal", "early"), help="see draw_t()"),
     "optimizer": dict(shapes="muon", cifar10_quick="muon", others="adam", choices=("adam", "muon"),
@@ -79,9 +78,10 @@ SETTINGS = {
 def draw_t(n, distribution, device):
     """n times t in [EPS, 1]: (n,).
 
-    "uniform" is the paper's. "logit_normal" is more often in the middle, where it is decided what
-    the image shows: there the teacher has most to learn (Esser et al., 2403.03206). "early" is more
-    often near the noise: sampling in one call asks for v(z, EPS) alone, so stage 03 uses it.
+    "uniform" is the paper's. "logit_normal" (the sigmoid of a normal number) draws more t near the
+    middle. There it is decided what the image shows, and the teacher has most to learn (Esser et
+    al., 2403.03206). "early" draws more t near the noise: stage 03 uses it, because sampling in one
+    call asks for v(z, EPS) alone.
     """
     t = torch.rand(n, device=device)
     if distribution == "early":
@@ -111,7 +111,8 @@ def main(cfg):
     images, labels, names = load_data(cfg.data, cfg.image_size)
     made_from, classes = {"data": fingerprint(images)}, 0
     if cfg.conditional:
-        require(labels is not None, f"--conditional needs labels, and {cfg.data} has none")
+        require(labels is not None, f"--conditional needs labels, and {cfg.data} has none. "
+                "--no-conditional trains without them")
         made_from["labels"] = fingerprint(labels)
         classes = len(labels.unique())
         require(labels.min() == 0 and labels.max() == classes - 1, f"{cfg.data} has {classes} "
@@ -139,7 +140,7 @@ def main(cfg):
         trainer.update(flow_loss(trainer.net, z, x, t, y))
         if trainer.done % max(1, cfg.steps // 8) == 0:  # watch it learn, from the same noises
             title = f"after {trainer.done} steps"
-            trainer.strips[title] = samples(trainer.ema, cfg.seed, range(12), 12)
+            trainer.strips[title] = samples(trainer.ema, cfg.seed, range(12), steps=12)
             save_grid(cfg.folder / "01_samples.png", trainer.strips.values(), trainer.strips)
 
     # 4. Keep the averaged weights.

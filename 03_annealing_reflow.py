@@ -10,26 +10,27 @@ Reflow normally starts from the teacher's weights. They do not fit into a smalle
 random weights it does poorly. So the small network first trains on an easier problem, which turns
 little by little into the right one. The noise of each pair is mixed with fresh noise:
 
-    z_beta = sqrt(1 - beta^2) z + beta z'        z' ~ N(0, I), new in every step
+    z_beta = sqrt(1 - beta^2) z + beta n         n ~ N(0, I), fresh noise in every step
     L = E || v(x_t, t) - (x - z_beta) ||^2       x_t = t x + (1 - t) z_beta           (paper, Eq. 9)
 
 At beta = 1 the noise has nothing to do with the image. This is stage 01 with the teacher's images
 as data: easy, but its paths are bent. At beta = 0 it is reflow: straight, but hard from random
 weights. beta falls from 1 to 0. The squares of the two weights add up to 1, so z_beta has variance
-1 for every beta (z and z' are independent), and at t = 0 the network always meets N(0, I), as it
+1 for every beta (z and n are independent), and at t = 0 the network always meets N(0, I), as it
 will when it makes images.
 
 Why should the start matter at the end? The paper gives no reason. Our reading: fixed pairs are easy
 to learn by heart, and a network that has done nothing else makes poor images of other noises. In
 the annealed steps every noise is new. So the network becomes a generator for any noise, as in stage
 01, and it keeps that while it learns the pairs. Annealing should then help where pairs are few and
-passed over often, as in the paper (2,000 times). It does: with 64 pairs, 81 % of the student's
-images match the request, and without annealing 52 %. With the 160 pairs of `shapes` it gains less,
-and not for every seed; with 1,024 it gained nothing (docs/results.md; extras/ideas.py).
+each is repeated many times, as in the paper (2,000 times). It does: with 64 pairs, 81 % of the
+student's images match the request, and without annealing 52 %. With the 160 pairs of `shapes` it
+gains less, and not for every seed. With 1,024 it gained nothing. (All are means of five seeds:
+docs/results.md. extras/ideas.py shows one of them.)
 
 The loss begins near 1.5, as in stage 01, and ends at about 0.015 for `shapes`. That is far less
-than the teacher's, although most t are early, where the teacher's loss is highest: between the
-ends of pairs far fewer lines meet.
+than the teacher's, because far fewer lines meet between the ends of pairs. It is so although most t
+are early, where the teacher's loss is highest: near the noise one cannot tell which image will come.
 
 Reads   out/<preset>/02_pairs.pt
 Writes  out/<preset>/03_reflow.pt, 03_samples.png; 03_state.pt, from which an interrupted run
@@ -43,7 +44,7 @@ import torch
 from common import (Trainer, load, load_network, new_network, require, run, samples, save_grid,
                     save_network, say, stage, start)
 
-draw_t = stage("01").draw_t
+draw_t = stage("01").draw_t  # `import` takes no name that begins with a digit
 
 SETTINGS = {
     # beta, see beta()
@@ -80,7 +81,10 @@ SETTINGS = {
 
 
 def beta(step, cfg):
-    """The weight of fresh noise in step 0, 1, ...: from 1 to 0 in K steps (exponential: to 1/e)."""
+    """The weight of fresh noise in step 0, 1, ...: it falls from 1 to 0 in K steps.
+
+    (The exponential schedule is at 1/e after K steps, and never at 0.)
+    """
     if cfg.schedule == "none":  # plain reflow, the paper's baseline
         return 0.0
     require(cfg.anneal_steps, "--anneal_steps must be at least 1; --schedule none: no annealing")
@@ -89,7 +93,8 @@ def beta(step, cfg):
         return max(0.0, 1 - k)
     if cfg.schedule == "cosine":
         return (1 + math.cos(math.pi * min(1.0, k))) / 2
-    return math.exp(-k)  # exponential
+    assert cfg.schedule == "exponential"
+    return math.exp(-k)
 
 
 def reflow_loss(net, z, x, t, b, labels=None):
@@ -98,7 +103,7 @@ def reflow_loss(net, z, x, t, b, labels=None):
     z, x (B, C, H, W): the pairs, x is where the teacher takes z; t (B,); b: beta, in [0, 1]; labels
     int64 (B,) or None.
     """
-    # z_beta = sqrt(1 - beta^2) z + beta z'
+    # z_beta = sqrt(1 - beta^2) z + beta n
     z_beta = math.sqrt(1 - b**2) * z + b * torch.randn_like(z)
     # x_t = t x + (1 - t) z_beta
     s = t.view(-1, 1, 1, 1)
@@ -115,7 +120,7 @@ def main(cfg):
     teacher = pairs["network"]  # its arguments
     say(f"pairs | {len(pairs['x']):,} of {teacher['classes']} classes")
 
-    # 2. The small network, from random weights. Stage 04 makes the student of it.
+    # 2. The small network, from random weights. Stage 04 turns it into the student.
     if cfg.start_from == "teacher":
         net, _ = load_network(cfg, "01_teacher.pt", device)
     else:

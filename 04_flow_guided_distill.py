@@ -7,32 +7,34 @@ image, by two losses:
     L_2step   = E D( z + v'(z, EPS), target )    on fresh noise z in every step  (Eqs. 11-13)
                 x_t = z + t v'(z, EPS),   target = x_t + (1 - t) v(x_t, t),   t ~ U[0.2, 0.8]
 
-Why is the target better than the jump that is compared with it? The jump must guess the whole
-image from noise. The target goes only part of the way on that guess; then the flow looks at x_t,
+Why is this target better than the student's own jump? The jump must guess the whole image from
+noise. The target goes only part of the way on that guess; then the flow looks at x_t,
 where the image already shows, and corrects the rest of the way. So the student is pulled towards
 what its own first step becomes after a second look. No gradient goes through the target: otherwise
 the loss could fall by making the target as bad as the jump.
 
-Why two losses? A pair's image took many network calls, so pairs are few, and the student alone
-learns them by heart. A target takes one call of the flow, so every step can have new noise: the
-flow guides the student where there are no pairs. (This has nothing to do with classifier-free
-guidance.) The price is that call, and the student's own on a second batch: a step takes almost
-twice as long. It is worth that where pairs are few: in equal time FD-shapes falls from 5.6 to 3.7
-with the 160 pairs of `shapes`, and from 13.7 to 9.7 with 64. With 1,024, more steps on pairs were
-as good (docs/results.md).
+Why two losses? A pair's image took many network calls, so pairs are few, and a student that sees
+nothing else learns them by heart. A target takes one call of the flow, so every step can have new
+noise: the flow guides the student where there are no pairs. (This has nothing to do with
+classifier-free guidance.) The price is that call, and the student's own on a second batch: a step
+takes almost twice as long. It is worth it where pairs are few. In equal time, guidance brings the
+distance of stage 05 from 5.6 to 3.7 with the 160 pairs of `shapes`, and from 13.7 to 9.7 with 64.
+With 1,024, more steps on pairs were as good.
 
 Why not stop at the flow, if its paths are straight? They are nearly straight, but a single call has
-only noise to look at: it must know the whole image at once, and 90 % of its images match the
-request, of the student's 97 %. Why not distil the teacher at once, without stage 03? From random
-weights, in the time of both stages, that gives 57 %.
+only noise to look at, and must know the whole image at once. 90 % of the flow's images match the
+request then, and 97 % of the student's. Why not distil the teacher at once, without stage 03? From
+random weights, in the time of both stages, that gives 57 %. (All these numbers are means of five
+seeds: docs/results.md.)
 
 t avoids both ends (official code: 0.2 to 0.8). Near 0 the flow's second look sees only noise; near
 1 nothing is left to correct.
 
 D is a distance between images: squared L2, pseudo-Huber, or LPIPS, which compares the features
 that a network for photographs finds in them. `shapes` uses pseudo-Huber, which is about the length
-of x - y: squares would make the average of what is possible the best answer, a blur. The loss
-begins near 3 and ends near 2, the sum of two lengths over 768 values.
+of x - y. A small network cannot tell similar noises apart, so it must choose between their images.
+Squares would make the average of these the best answer, which is a blur. The loss begins near 3 and
+ends near 2: the sum of two lengths over 768 values.
 
 Reads   out/<preset>/03_reflow.pt; 02_pairs.pt with --pairs_from teacher; published weights with
         --distance lpips
@@ -58,11 +60,13 @@ SETTINGS = {
     "t_low": dict(others=0.2, help="of t in L_2step. official code: 0.2"),
     "t_high": dict(others=0.8, help="of t in L_2step. official code: 0.8"),
     # `shapes` and `cifar10_quick` learn from the teacher's pairs, which are there already. The
-    # paper's best students learn from pairs that the flow makes itself.
+    # paper's best students learn from pairs that the flow makes; it gives no reason.
     "pairs_from": dict(shapes="teacher", cifar10_quick="teacher", others="flow",
                        choices=("teacher", "flow"), help="whose pairs"),
-    "n_pairs": dict(shapes=1024, imagenet64=200_000, others=50_000, help="of the flow"),
-    "pair_steps": dict(shapes=10, cifar10_quick=16, others=100, help="of the flow. paper: RK45"),
+    "n_pairs": dict(shapes=1024, imagenet64=200_000, others=50_000,
+                    help="made by the flow, with --pairs_from flow"),
+    "pair_steps": dict(shapes=10, cifar10_quick=16, others=100,
+                       help="Euler steps, with --pairs_from flow"),
     # Training.
     "start_from": dict(others="flow", choices=("flow", "scratch"), help="the first weights"),
     "optimizer": dict(shapes="muon", cifar10_quick="muon", others="adam", choices=("adam", "muon"),
@@ -78,18 +82,18 @@ SETTINGS = {
 }
 
 
-def squared_l2(x, y):
-    """D(x, y) = mean over pixels of (x - y)^2: (B,)."""
-    return (x - y).square().mean(dim=(1, 2, 3))
+def squared_l2(a, b):
+    """D(a, b) = mean over pixels of (a - b)^2: (B,)."""
+    return (a - b).square().mean(dim=(1, 2, 3))
 
 
-def pseudo_huber(x, y):
-    """D(x, y) = sqrt( |x - y|^2 + c^2 ) - c: (B,), with the sum over pixels in |x - y|^2.
+def pseudo_huber(a, b):
+    """D(a, b) = sqrt( |a - b|^2 + c^2 ) - c: (B,), with the sum over pixels in |a - b|^2.
 
     c = 0.00054 sqrt(pixels). Song & Dhariwal, 2310.14189.
     """
-    c = 0.00054 * math.sqrt(x[0].numel())
-    squares = (x - y).square().sum(dim=(1, 2, 3))
+    c = 0.00054 * math.sqrt(a[0].numel())
+    squares = (a - b).square().sum(dim=(1, 2, 3))
     return (squares + c**2).sqrt() - c
 
 
@@ -103,7 +107,7 @@ def distill_loss(velocity, z, x, distance):
     """E D( z + v'(z, EPS), x ) on pairs: a scalar. Paper, Eq. 8.
 
     velocity = v'(z, EPS), computed once for both losses; z, x: the pairs; all (B, C, H, W).
-    distance(x, y): (B,)
+    distance: D, of two batches of images: (B,)
     """
     # D( z + v'(z, EPS), x )
     return distance(z + velocity, x).mean()
@@ -112,8 +116,9 @@ def distill_loss(velocity, z, x, distance):
 def guided_loss(velocity, flow, z, t, distance, labels=None):
     """E D( z + v'(z, EPS), x_t + (1 - t) v(x_t, t) ) on fresh noise: a scalar. Paper, Eqs. 11-13.
 
-    velocity = v'(z, EPS) and z: (B, C, H, W); t (B,); flow: v, which is not trained here. Eq. 12
-    has v in x_t, too. We use v', which is there already and, the paper says, better.
+    velocity = v'(z, EPS) and z: (B, C, H, W); t (B,); flow: v, which is not trained here. The
+    paper's Eq. 12 makes x_t with v. We use v': it has been computed already, and the paper found
+    it better.
     """
     with torch.no_grad():
         # x_t = z + t v'(z, EPS)
@@ -206,7 +211,13 @@ class LPIPS(nn.Module):
     position, and their squared differences are weighted by channel. The names of the weights are
     those of the published files.
     """
-    GROUPS = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))  # VGG16's channels and layers
+    GROUPS = (  # VGG16: channels, convolutions
+        (64, 2),
+        (128, 2),
+        (256, 3),
+        (512, 3),
+        (512, 3),
+    )
 
     def __init__(self):
         super().__init__()

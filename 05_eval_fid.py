@@ -235,7 +235,7 @@ def main(cfg):
     # one noise: only the row of real drawings has none.
     rows, pictures, requests, columns = [], {}, None, []
     if names:
-        requests = torch.arange(12) * 7 % len(names)
+        requests = torch.arange(12) * 7 % len(names)  # neighbours are similar: mix them
         columns = [names[request] for request in requests]
     if cfg.metric == "shapes":  # a program can draw more real images
         drawings, labels = draw_shapes(cfg.n_samples, size, seed=1)
@@ -286,22 +286,16 @@ def reference_images(cfg, size, judged):
     teacher = load(cfg, "01_teacher.pt")
     source = teacher["settings"]["data"]
     images, labels, names = load_data(source, size)
-    other = names != judged and (names or labels is None)
-    require(not judged or not other, f"the judge {cfg.metric} knows other classes than those of "
-            f"{source}: set --metric fid or none, or make a judge with extras/train_judge.py")
+    unnamed = labels is not None and not names
+    require(not judged or names == judged or unnamed, f"the judge {cfg.metric} knows other classes "
+            f"than {source} has: --metric fid or none, or make a judge with extras/train_judge.py")
     known = teacher["made_from"].get("data")  # an imported teacher does not know
     require(known in (None, fingerprint(images)), f"{source} does not hold the images that the "
             "teacher was trained on any more: give them with --reference")
     return source, images
 
 
-# --------------------------------------------------------------------------------------- Inception
-# A transcription of a published network; nothing from here on is needed to follow the method.
-
-INCEPTION_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
-                 "pt_inception-2015-12-05-6726825d.pth")  # 91 MB
-INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
-
+# ------------------------------------------------------------------------------------------- judges
 
 class Conv(nn.Module):
     """Convolution without bias, batch normalisation, ReLU."""
@@ -313,6 +307,47 @@ class Conv(nn.Module):
 
     def forward(self, x):
         return F.relu(self.bn(self.conv(x)))
+
+
+class Judge(nn.Module):
+    """A small classifier of images, trained by extras/train_judge.py.
+
+    Maps images (B, 3, H, W) to features (B, D): the means of all channels of each level, so that
+    edges and colours count as well as what is shown. fc(features): the scores of the classes.
+    A level has `convs` convolutions, and half the size of the one before.
+    """
+
+    def __init__(self, classes, widths, convs):
+        super().__init__()
+        self.levels = nn.ModuleList()
+        c = 3
+        for width in widths:
+            level = nn.Sequential()
+            for _ in range(convs):
+                level.append(Conv(c, width, 3, padding=1))
+                c = width
+            self.levels.append(level)
+        self.fc = nn.Linear(sum(widths), classes)
+
+    def forward(self, x):
+        features = []
+        for level in self.levels:
+            if features:
+                x = F.max_pool2d(x, 2)
+            x = level(x)  # (B, width, H, W), then half of H and W, and so on
+            features.append(x.mean(dim=(2, 3)))
+        return torch.cat(features, dim=1)
+
+    def features(self, images_uint8):
+        return self(from_uint8(images_uint8))
+
+
+# --------------------------------------------------------------------------------------- Inception
+# A transcription of a published network; nothing from here on is needed to follow the method.
+
+INCEPTION_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
+                 "pt_inception-2015-12-05-6726825d.pth")  # 91 MB
+INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 
 
 class Inception(nn.Module):
@@ -432,41 +467,6 @@ def load_inception(device):
     net = Inception()
     net.load_state_dict(weights)
     return net.to(device).eval()
-
-
-# ------------------------------------------------------------------------------------------- judges
-
-class Judge(nn.Module):
-    """A small classifier of images, trained by extras/train_judge.py.
-
-    Maps images (B, 3, H, W) to features (B, D): the means of all channels of each level, so that
-    edges and colours count as well as what is shown. fc(features): the scores of the classes.
-    A level has `convs` convolutions, and half the size of the one before.
-    """
-
-    def __init__(self, classes, widths, convs):
-        super().__init__()
-        self.levels = nn.ModuleList()
-        c = 3
-        for width in widths:
-            level = nn.Sequential()
-            for _ in range(convs):
-                level.append(Conv(c, width, 3, padding=1))
-                c = width
-            self.levels.append(level)
-        self.fc = nn.Linear(sum(widths), classes)
-
-    def forward(self, x):
-        features = []
-        for level in self.levels:
-            if features:
-                x = F.max_pool2d(x, 2)
-            x = level(x)  # (B, width, H, W), then half of H and W, and so on
-            features.append(x.mean(dim=(2, 3)))
-        return torch.cat(features, dim=1)
-
-    def features(self, images_uint8):
-        return self(from_uint8(images_uint8))
 
 
 if __name__ == "__main__":

@@ -7,10 +7,11 @@ Notation, the same in every script and in the equations:
     t      time, shape (B,): t = 0 is noise, t = 1 is data
     x_t    t x + (1 - t) z, a point on the straight line from z to x
     v      velocity: what every network predicts, as v(x_t, t). In training its target is x - z
-    |.|^2  the mean over pixels of the squares; in stage 04's D, where it says so, their sum
+    y      labels of the images: int64 (B,), or None
+    |.|^2  in a loss, the mean over pixels of the squares; elsewhere their sum
 
-A couple is any noise with any image; a pair is a noise with the image that a teacher makes of it.
-Images are uint8 on disk and float in [-1, 1] everywhere else. Labels are int64 (B,), or None.
+A couple is any noise with any image. A pair is a noise with the image that a trained network makes
+of it. Images are uint8 on disk and float in [-1, 1] everywhere else.
 
 Constants carry their origin: "paper:" (Zhu, Liu, Liu: SlimFlow, arXiv 2407.12718), "official
 code:" (only in the code that its authors published) or "ours:". The settings of cifar10 and ffhq64
@@ -45,9 +46,9 @@ except ImportError:  # Windows
 PRESETS = ("shapes", "cifar10_quick", "cifar10", "ffhq64", "imagenet64")
 PRESET = "shapes"  # the one in use; --preset NAME chooses another for one run
 
-# Training draws t from [EPS, 1], and sampling begins at t = EPS, as in the official code. (It is
-# inherited from diffusion models, which divide by their noise level. Sampling feeds pure noise at
-# t = EPS, and its steps of 1/N add up to 1, not to 1 - EPS: both ignore a difference of 0.1 %.)
+# Training draws t from [EPS, 1], and sampling begins at t = EPS, as in the official code. Nothing
+# here needs it: it is a habit from diffusion models. (Sampling feeds pure noise at t = EPS, and its
+# steps of 1/N add up to 1, not to 1 - EPS. Both ignore a difference of 0.1 %.)
 EPS = 1e-3
 # Each noise has an index. Each use has a range of its own, which begins here: no image that is
 # judged comes from a noise that was trained on.
@@ -307,7 +308,8 @@ def labels_for(seed, n, classes):
 def samples(net, seed, numbers, steps, labels=None):
     """Images (N, 3, H, W) from the noises of stage 05 with these numbers (a range).
 
-    Number i has the label labels[i]; without labels, those of the seed.
+    Image number i has the label labels[i]. With labels=None, a network with classes gets random
+    ones, which depend on the seed alone.
     """
     z = noise_for(seed, [EVALUATION + i for i in numbers], net.shape)
     if labels is None:
@@ -367,17 +369,19 @@ LOG_SECONDS, SAVE_SECONDS = 10, 300  # ours: between two log lines, and between 
 
 
 def orthogonalise(m):
-    """Muon (Jordan et al. 2024): the matrices m (N, rows, columns) with all singular values near 1.
+    """The matrices m (N, rows, columns), with all their singular values brought near 1.
 
-    An update along them changes all directions of a weight matrix equally fast.
+    This is the heart of Muon (Jordan et al. 2024), an optimiser that trains small networks faster
+    than Adam does. An update with equal singular values changes all directions of a weight matrix
+    equally fast. You can skip this: the method does not depend on it.
     """
     length = m.norm(dim=(1, 2), keepdim=True)
     x = m / (length + 1e-12)
     for _ in range(5):  # Newton-Schulz: singular values end between 0.7 and 1.2
         # x <- 3.4445 x - 4.7750 (x x^T) x + 2.0315 (x x^T)^2 x
         a = x @ x.mT
-        b = torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315)
-        x = torch.baddbmm(x, b, x, beta=3.4445)
+        b = torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315)  # -4.7750 a + 2.0315 a a
+        x = torch.baddbmm(x, b, x, beta=3.4445)  # 3.4445 x + b x
     return x
 
 
@@ -390,7 +394,8 @@ class Trainer:
             loss = ...                           # calls trainer.net
             trainer.update(loss)                 # backward, clipping, optimiser, EMA
 
-    trainer.ema is the network with averaged weights: only this one makes images and is kept.
+    trainer.ema is the network with averaged weights (the exponential moving average; stage 01 says
+    why). Only this one makes images and is kept.
     """
 
     def __init__(self, cfg, name, net, made_from, batch):
@@ -535,7 +540,7 @@ class Trainer:
         """One step down the gradient of `loss`, and one of the EMA. `note` is for the log line."""
         cfg, n = self.cfg, self.done
         self.trained.zero_grad()
-        loss.backward()  # allowed in here: it follows what was recorded before
+        loss.backward()  # works under no_grad, because the graph has been recorded before
         norm = nn.utils.clip_grad_norm_(self.weights, 1.0)  # paper: 1
 
         # The learning rate rises over the first `warmup` steps, and falls to 0 over the last
@@ -551,7 +556,7 @@ class Trainer:
             gradient = gradient.flatten(2)  # (N, C_out, C_in * 9)
             momentum.lerp_(gradient, 0.05)
             x = orthogonalise(gradient.lerp(momentum, 0.95))  # Nesterov's: a look ahead
-            # 0.2 sqrt(columns): so that a weight moves by about 0.2 lr, as Adam's do
+            # 0.2 sqrt(longer side): so that a weight moves by about 0.2 lr, as Adam's do
             size = 0.2 * math.sqrt(max(x.shape[1:]))
             changes = list(x.view(-1, *weights[0].shape))
             torch._foreach_sub_(weights, changes, alpha=size * self.lr)

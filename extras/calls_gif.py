@@ -48,14 +48,16 @@ def animate(path, teacher, student):
             rows = [torch.cat(list(row), dim=2) for row in x.split(4)]
             side = torch.cat(rows, dim=1)  # 4 images wide, 3 high
             sides.append(F.pad(side, (8, 8, 26, 8), value=255))
-        frame = Image.fromarray(torch.cat(sides, dim=2).permute(1, 2, 0).numpy())
+        pixels = torch.cat(sides, dim=2).permute(1, 2, 0)
+        frame = Image.fromarray(pixels.numpy())
         draw = ImageDraw.Draw(frame)
         draw.text((9, 6), f"teacher: call {call} of {len(teacher) - 1}", "black", font_size=14)
         draw.text((frame.width // 2 + 9, 6), f"student: {now} call", "black", font_size=14)
         frames.append(frame.quantize(64))
     waits = [900, *[350] * (len(frames) - 2), 2500]  # milliseconds
+    first, *others = frames
     with writing(path) as file:
-        frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], duration=waits, loop=0)
+        first.save(file, "GIF", save_all=True, append_images=others, duration=waits, loop=0)
 
 
 def main(cfg):
@@ -65,9 +67,11 @@ def main(cfg):
     labels = None
     if teacher.class_names:
         labels = torch.arange(12, device=device) * 7 % len(teacher.class_names)
-    z = noise_for(cfg.seed, range(EVALUATION, EVALUATION + 12), teacher.shape).to(device)
+    numbers = range(EVALUATION, EVALUATION + 12)
+    z = noise_for(cfg.seed, numbers, teacher.shape).to(device)
     path = cfg.folder / "calls.gif"
-    animate(path, states(teacher, z, cfg.calls, labels), states(student, z, 1, labels))
+    long_way = states(teacher, z, cfg.calls, labels)
+    animate(path, long_way, states(student, z, 1, labels))
     say(f"wrote {path}")
 
 

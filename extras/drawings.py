@@ -29,7 +29,8 @@ def draw_shapes(n, image_size, seed=0):
     grey = rng.uniform(10, 60, size=(n, 1))
     ground = grey + rng.uniform(-8, 8, size=(n, 3))
     colours = np.array(list(COLOURS.values()))
-    ink = colours[labels % len(COLOURS)] + rng.uniform(-20, 20, size=(n, 3))
+    tint = rng.uniform(-20, 20, size=(n, 3))
+    ink = colours[labels % len(COLOURS)] + tint
     images = np.empty((n, 3, image_size, image_size), dtype=np.uint8)
     pixel = (np.arange(image_size) + 0.5) / image_size
     for i in range(n):

@@ -33,6 +33,7 @@ NAMES = {
     "sample": "extras/sample",
     "fid": "extras/fid",
     "judge": "extras/train_judge",
+    "gif": "extras/calls_gif",
 }
 ARTIFACTS = {
     "01": "01_teacher.pt",

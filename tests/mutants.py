@@ -49,7 +49,7 @@ MUTANTS = {  # file: (old text, new text, the idea that it ruins, the tests that
         ('"made from": made_from, "pairs"', '"pairs"', "no parts of another teacher",
          "speed own_parts"),
         ('"steps": steps, ', "", "pairs continue with the same steps", "pipeline same_settings"),
-        (',\n            "precision": net.precision}', "}", "pairs continue in the same precision",
+        (',\n              "precision": net.precision}', "}", "pairs continue in the same precision",
          "pipeline same_settings")],
     "03_annealing_reflow.py": [
         ("math.sqrt(1 - b**2) * z + b *", "(1 - b) * z + b *",

@@ -20,13 +20,16 @@ DOCS = [path.read_text() for path in sorted(ROOT.glob("docs/*.md"))]
 TEXTS = "\n".join([README, *DOCS])
 
 # The scripts whose commands are run: {file: its name in conftest.py}.
-NUMBERS = {f"{NAMES[number]}.py": number for number in (*TINY, "import", "sample", "fid")}
+RUN = (*TINY, "import", "sample", "fid", "judge", "gif")
+NUMBERS = {f"{NAMES[number]}.py": number for number in RUN}
 SMALL = {  # settings besides TINY
     "01": dict(blocks=1),
     "03": dict(blocks=1),
     "04": dict(n_pairs=6, pair_steps=1, distance="l2"),
     "import": dict(n_pairs=6, sample_steps=1),
     "sample": dict(n=3),
+    "judge": dict(steps=2, widths="4,4", convs=1, file="data/judge.pt"),
+    "gif": dict(calls=2),
 }
 LOOP = r"for s in (.*?); do\n  (.*?) \|\| break\ndone"
 COMMAND = r"(?:python|torchrun [^`\n]*?) ((?:extras/)?\w+\.py)([^`#\n|&]*)"
@@ -97,9 +100,10 @@ def test_every_command_runs(tmp_path, monkeypatch):
     """Each command of the README and docs runs."""
     # What a user would have: images, their statistics, and a published checkpoint.
     images = torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8)
-    folder = save_images(tmp_path / "theirs", images)
-    shutil.make_archive("my_images", "zip", folder)
-    shutil.make_archive("mine", "zip", folder)
+    save_images(tmp_path / "theirs/cat", images)
+    folder = save_images(tmp_path / "theirs/dog", images).parent
+    for name in ("my_images", "mine", "cifar10-jpeg"):
+        shutil.make_archive(name, "zip", folder)
     np.savez("cifar10-32x32.npz", mu=np.zeros(3), sigma=np.eye(3))
     net = filled(32, base=8, mult=(1, 1, 2), blocks=1)
     layout = script("import").songunet_layout(net)
@@ -124,6 +128,61 @@ def test_every_command_runs(tmp_path, monkeypatch):
 
 
 # ------------------------------------------------------------------------------------ The extras
+
+def test_a_judge_of_ones_own_names_images_and_its_features_measure_them(tmp_path):
+    """A judge learns the classes of a folder. Stage 05 compares in its features, under its name."""
+    for name, grey in (("black", 0), ("white", 250)):
+        noise = torch.randint(6, (30, 3, 8, 8), dtype=torch.uint8)
+        save_images(tmp_path / "own" / name, noise + grey)
+    small = dict(image_size=8, widths="4,8", convs=1, steps=40, batch=16, shift=1, precision="fp32")
+    script("judge").main(settings_of("judge", preset="cifar10_quick", data=tmp_path / "own",
+                                     file="mine_judge.pt", **small))
+    cfg = settings_of("05", out=tmp_path, metric="mine_judge.pt")
+    features_of, fc, classes, facts = script("05").feature_network(cfg, torch.device("cpu"))
+    assert classes == ["black", "white"]
+    assert facts["metric"] == "FD-mine"
+    judge = common.read("mine_judge.pt")
+    assert judge["accuracy"] == 1
+    assert judge["weights"]["fc.weight"].dtype == torch.float16
+    images, labels, _ = common.load_data(tmp_path / "own", 8)
+    with torch.no_grad():
+        assert torch.equal(fc(features_of(images)).argmax(1), labels)
+
+    # The distance means nothing for images of other classes.
+    settings = {"data": "shapes"}
+    common.save(cfg.folder / "01_teacher.pt", preset="shapes", id="", made_from={},
+                settings=settings)
+    with pytest.raises(common.UserError, match="knows other classes than shapes has"):
+        script("05").reference_images(cfg, 16, classes)
+    with pytest.raises(common.UserError, match="--metric none2: choose fid"):
+        script("05").feature_network(settings_of("05", metric="none2"), torch.device("cpu"))
+
+
+def test_judges_see_shifted_and_mirrored_images():
+    """Crops move each image by its own number of pixels; about half of them are mirrored."""
+    x = torch.arange(10.0).expand(200, 3, 10, 10)  # columns 0 to 9
+    moved = script("judge").shifted(x, 2)[:, :, :, 2:8]
+    steps = moved[0].new_tensor([row[0, 0, 1] - row[0, 0, 0] for row in moved])
+    mirrored = (steps == -1).float().mean()
+    assert 0.35 < mirrored < 0.65
+    firsts = {int(row[0, 0, 0]) for row in moved[steps == 1]}
+    assert {0, 1, 2, 3, 4} >= firsts
+    assert len(firsts) == 5
+    assert torch.equal(moved[:, 0], moved[:, 2])
+
+
+def test_the_animation_shows_what_euler_sees(tmp_path):
+    """Its frames are the states of the sampler: the noise, one more call each, the image."""
+    gif, net = script("gif"), filled(16, base=8, mult=(1,), blocks=1, attn=())
+    z = torch.randn(12, *net.shape)
+    found = gif.states(net, z, 3, None)
+    assert len(found) == 4
+    assert torch.equal(found[0], z)
+    assert torch.equal(found[3], common.euler(net, z, 3))
+    gif.animate(tmp_path / "calls.gif", found, gif.states(net, z, 1, None))
+    with Image.open(tmp_path / "calls.gif") as image:
+        assert image.n_frames == 4
+
 
 TINY_NET = dict(
     image_size=16,
