@@ -52,8 +52,8 @@ def animate(path, teacher, student):
         frame = Image.fromarray(pixels.numpy())
         draw = ImageDraw.Draw(frame)
         draw.text((9, 6), f"teacher: call {call} of {len(teacher) - 1}", "black", font_size=14)
-        draw.text((frame.width // 2 + 9, 6), f"student: {now} call", "black", font_size=14)
-        frames.append(frame.quantize(64))
+        draw.text((frame.width // 2 + 9, 6), f"student: call {now} of 1", "black", font_size=14)
+        frames.append(frame.quantize(256, Image.Quantize.FASTOCTREE))
     waits = [900, *[350] * (len(frames) - 2), 2500]  # milliseconds
     first, *others = frames
     with writing(path) as file:
