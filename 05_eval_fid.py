@@ -199,7 +199,7 @@ def main(cfg):
             networks.append((name, net, steps))
             if steps > 1:
                 networks.append((name, net, 1))
-    size, names = net.args["image_size"], net.class_names
+    size, names = net.args["image_size"], net.class_names  # the same for all of them
 
     # 2. The real images, and the Gaussian of their features.
     protocol = {"metric": "none", "reference": cfg.reference, "n_samples": cfg.n_samples,
