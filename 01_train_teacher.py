@@ -14,8 +14,9 @@ the average direction of all these lines, weighted by how likely they are.
 
 Why do the images come out right nevertheless? Imagine a crowd in which each person walks along a
 straight line. Wherever several people meet, all of them continue with the average velocity of the
-group. Nobody keeps their own line any more, but still as many people enter and leave each place. So at every t the crowd is spread out as it would have been, and at t = 1 it is spread out
-like the images.
+group. Nobody keeps their own line any more, but each place gains and loses as many people as it
+would have done otherwise. So at every t the crowd is spread out as it would have been, and at t = 1
+it is spread out like the images.
 
 What the average does change is the path: it bends. At t = 0 every image is still possible, and the
 average direction points at the average image. A single Euler step, a straight move with the
@@ -59,7 +60,7 @@ SETTINGS = {
     "blocks": dict(shapes=1, cifar10_quick=2, imagenet64=3, others=4, help="per level"),
     "attn": dict(shapes=(8,), others=(16,), help="image sizes with attention"),
     "dropout": dict(shapes=0.0, cifar10_quick=0.0, imagenet64=0.1, others=0.15, help="probability"),
-    # Training. The paper trains no teacher. The 800,000 steps are those of its stage 03.
+    # Training. The paper trains no teacher. The 800,000 steps are what it gives to reflow.
     "t_distribution": dict(shapes="logit_normal", cifar10_quick="logit_normal", others="uniform",
                            choices=("uniform", "logit_normal", "early"), help="see draw_t()"),
     "optimizer": dict(shapes="muon", cifar10_quick="muon", others="adam", choices=("adam", "muon"),
@@ -109,7 +110,8 @@ def main(cfg):
 
     # 1. All images, uint8 (N, 3, H, W), their labels (N,), and the names of the classes.
     images, labels, names = load_data(cfg.data, cfg.image_size)
-    made_from, classes = {"data": fingerprint(images)}, 0
+    made_from = {"data": fingerprint(images)}
+    classes = 0
     if cfg.conditional:
         require(labels is not None, f"--conditional needs labels, and {cfg.data} has none. "
                 "--no-conditional trains without them")

@@ -41,9 +41,22 @@ SETTINGS = {
 }
 
 
+def follow(net, seed, indices, steps, labels, sampler):
+    """The noises with these indices, and the images to which they lead: z, x (N, 3, H, W), float16.
+
+    x = sampler(net, z, steps, labels)
+    """
+    z = noise_for(seed, indices, net.shape).half()
+    if labels is not None:
+        labels = labels.to(net.device)
+    x = sampler(net, z.to(net.device).float(), steps, labels)
+    return z, x.half().cpu()
+
+
 def make_pairs(cfg, name, net, made_from, n, steps, first_index, sampler=euler):
     """Writes n pairs (z, x = sampler(net, z, steps, labels)) as <out>/<preset>/<name>.
 
+    follow() has the method. The rest is here so that a long run can be interrupted and shared.
     Both are float16 (n, 3, H, W). Their noises are numbered from first_index, their labels uniform
     over the classes. Each batch is saved when it is made, so an interrupted run continues; several
     processes share the batches. Stage 04 calls this too, for the flow's own pairs, and
@@ -86,13 +99,9 @@ def make_pairs(cfg, name, net, made_from, n, steps, first_index, sampler=euler):
     for done, first in enumerate(todo, 1):
         last = min(first + batch, n)
         indices = range(first_index + first, first_index + last)
-        z = noise_for(cfg.seed, indices, net.shape).half()
-        y = None
-        if labels is not None:
-            y = labels[first:last].to(net.device)
-        network = fast if len(z) == batch else net  # it was compiled for full batches
-        x = sampler(network, z.to(net.device).float(), steps, y)
-        x = x.half().cpu()
+        y = None if labels is None else labels[first:last]
+        network = fast if len(indices) == batch else net  # it was compiled for full batches
+        z, x = follow(network, cfg.seed, indices, steps, y, sampler)
         require(x.isfinite().all(), f"images of pairs {first} to {last - 1} are not finite")
         save(files[first], z=z, x=x, made=batch_recipe)
         if time.monotonic() - logged > LOG_SECONDS:

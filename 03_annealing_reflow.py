@@ -14,23 +14,22 @@ little by little into the right one. The noise of each pair is mixed with fresh 
     L = E || v(x_t, t) - (x - z_beta) ||^2       x_t = t x + (1 - t) z_beta           (paper, Eq. 9)
 
 At beta = 1 the noise has nothing to do with the image. This is stage 01 with the teacher's images
-as data: easy, but its paths are bent. At beta = 0 it is reflow: straight, but hard from random
-weights. beta falls from 1 to 0. The squares of the two weights add up to 1, so z_beta has variance
-1 for every beta (z and n are independent), and at t = 0 the network always meets N(0, I), as it
-will when it makes images.
+as data: every draw is new, and the paths that it teaches are bent. At beta = 0 it is reflow on
+fixed pairs, whose paths are straight. beta falls from 1 to 0. The squares of the two weights add up
+to 1, so z_beta has variance 1 for every beta (z and n are independent), and at t = 0 the network
+always meets N(0, I), as it will when it makes images.
 
-Why should the start matter at the end? The paper gives no reason. Our reading: fixed pairs are easy
-to learn by heart, and a network that has done nothing else makes poor images of other noises. In
-the annealed steps every noise is new. So the network becomes a generator for any noise, as in stage
-01, and it keeps that while it learns the pairs. Annealing should then help where pairs are few and
-each is repeated many times, as in the paper (2,000 times). It does: with 64 pairs, 81 % of the
-student's images match the request, and without annealing 52 %. With the 160 pairs of `shapes` it
-gains less, and not for every seed. With 1,024 it gained nothing. (All are means of five seeds:
-docs/results.md. extras/ideas.py shows one of them.)
+Why should the start matter at the end? The paper says that fixed pairs are hard to learn from
+random weights. What we see is another reason: a network that trains on few pairs alone learns them
+by heart, and makes poor images of other noises. In the annealed steps every noise is new. So the
+network becomes a generator for any noise, as in stage 01, and it keeps that while it learns the
+pairs. Annealing should then help where pairs are few and each is repeated many times, as in the
+paper (2,000 times). It does: with 64 pairs, 81 % of the student's images match the request, and
+without annealing 52 %. With the 160 pairs of `shapes` it gains less, and not for every seed. With
+1,024 it gained nothing. (All are means of five seeds: docs/results.md. extras/ideas.py shows one.)
 
 The loss begins near 1.5, as in stage 01, and ends at about 0.015 for `shapes`. That is far less
-than the teacher's, because far fewer lines meet between the ends of pairs. It is so although most t
-are early, where the teacher's loss is highest: near the noise one cannot tell which image will come.
+than the teacher's, because the lines of pairs seldom meet.
 
 Reads   out/<preset>/02_pairs.pt
 Writes  out/<preset>/03_reflow.pt, 03_samples.png; 03_state.pt, from which an interrupted run
@@ -50,7 +49,7 @@ SETTINGS = {
     # beta, see beta()
     "schedule": dict(others="linear", choices=("linear", "cosine", "exponential", "none"),
                      help="of beta; none: reflow without annealing"),
-    "anneal_steps": dict(shapes=675, cifar10_quick=2250, others=300_000, help="K"),
+    "anneal_steps": dict(shapes=675, cifar10_quick=2250, others=300_000, help="K, of all steps"),
     "flip": dict(imagenet64=False, others=True, help="mirror half of the pairs"),
     # The small network: 0.1M parameters for shapes, 7.0M for cifar10_quick, 15.7M for cifar10 and
     # ffhq64, 80.6M for imagenet64. (Paper, ImageNet: an ADM U-Net of 80.7M.)
@@ -117,14 +116,14 @@ def main(cfg):
 
     # 1. The pairs. They are mapped into memory, and read from the disk as they are drawn.
     pairs = load(cfg, "02_pairs.pt")
-    teacher = pairs["network"]  # its arguments
-    say(f"pairs | {len(pairs['x']):,} of {teacher['classes']} classes")
+    arguments = pairs["network"]  # of the teacher
+    say(f"pairs | {len(pairs['x']):,} of {arguments['classes']} classes")
 
     # 2. The small network, from random weights. Stage 04 turns it into the student.
     if cfg.start_from == "teacher":
         net, _ = load_network(cfg, "01_teacher.pt", device)
     else:
-        net = new_network(cfg, teacher["image_size"], teacher["classes"]).to(device)
+        net = new_network(cfg, arguments["image_size"], arguments["classes"]).to(device)
     net.class_names = pairs.get("class_names") or net.class_names
     say(f"small network | {sum(p.numel() for p in net.parameters()):,} parameters")
 

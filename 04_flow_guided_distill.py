@@ -32,9 +32,10 @@ t avoids both ends (official code: 0.2 to 0.8). Near 0 the flow's second look se
 
 D is a distance between images: squared L2, pseudo-Huber, or LPIPS, which compares the features
 that a network for photographs finds in them. `shapes` uses pseudo-Huber, which is about the length
-of x - y. A small network cannot tell similar noises apart, so it must choose between their images.
-Squares would make the average of these the best answer, which is a blur. The loss begins near 3 and
-ends near 2: the sum of two lengths over 768 values.
+of the difference. A small network cannot tell similar noises apart, so it must answer with one
+image for several. Squared lengths are smallest at the mean of these images, which is a blur.
+Lengths are smallest at a kind of median, which stays close to most of them. The loss begins near 3
+and ends near 2. It is the sum of two lengths, each of a vector of 768 values.
 
 Reads   out/<preset>/03_reflow.pt; 02_pairs.pt with --pairs_from teacher; published weights with
         --distance lpips
@@ -54,7 +55,7 @@ from common import (EPS, OWN_PAIRS, WORLD, Trainer, UNet, compiled, download, lo
 
 SETTINGS = {
     "distance": dict(shapes="huber", cifar10_quick="huber", others="lpips",
-                     choices=("l2", "huber", "lpips"), help="D"),
+                     choices=("l2", "huber", "lpips"), help="D, between images"),
     "guidance": dict(others=1.0, help="weight of L_2step; 0: pairs alone"),
     "guide_from": dict(others="noise", choices=("noise", "pairs"), help="the z of L_2step"),
     "t_low": dict(others=0.2, help="of t in L_2step. official code: 0.2"),
@@ -117,8 +118,8 @@ def guided_loss(velocity, flow, z, t, distance, labels=None):
     """E D( z + v'(z, EPS), x_t + (1 - t) v(x_t, t) ) on fresh noise: a scalar. Paper, Eqs. 11-13.
 
     velocity = v'(z, EPS) and z: (B, C, H, W); t (B,); flow: v, which is not trained here. The
-    paper's Eq. 12 makes x_t with v. We use v': it has been computed already, and the paper found
-    it better.
+    paper's Eq. 12 makes x_t with v, but its experiments did better with v', which we use. (It has
+    also been computed already.)
     """
     with torch.no_grad():
         # x_t = z + t v'(z, EPS)
@@ -173,19 +174,19 @@ def main(cfg):
     for step in trainer.steps():
         z, x, y = trainer.draw(pairs["z"], pairs["x"], pairs["labels"])
         z, x = z.float(), x.float()  # (B, 3, H, W)
-        if cfg.guidance == 0:
-            velocity = first_velocity(trainer.net, z, y)
-            trainer.update(distill_loss(velocity, z, x, distance))
-            continue
-        z_2step = torch.randn_like(z) if cfg.guide_from == "noise" else z
-        y_both = None if y is None else torch.cat([y, y])
-        both = first_velocity(trainer.net, torch.cat([z, z_2step]), y_both)
-        v_pairs, v_2step = both.chunk(2)
-        t = torch.rand(len(z), device=device)
-        t = cfg.t_low + (cfg.t_high - cfg.t_low) * t
+        if cfg.guidance:
+            z_2step = torch.randn_like(z) if cfg.guide_from == "noise" else z
+            y_both = None if y is None else torch.cat([y, y])
+            both = first_velocity(trainer.net, torch.cat([z, z_2step]), y_both)
+            v_pairs, v_2step = both.chunk(2)
+        else:
+            v_pairs = first_velocity(trainer.net, z, y)
         loss = distill_loss(v_pairs, z, x, distance)
-        loss = loss + cfg.guidance * guided_loss(v_2step, flow, z_2step, t, distance, y)
-        trainer.update(loss)
+        if cfg.guidance:
+            t = torch.rand(len(z), device=device)
+            t = cfg.t_low + (cfg.t_high - cfg.t_low) * t
+            loss = loss + cfg.guidance * guided_loss(v_2step, flow, z_2step, t, distance, y)
+        trainer.update(loss)  # a loss of your own is added before this line
 
     # 5. Keep the averaged weights, and look at them: one call each.
     save_network(cfg, "04_student.pt", trainer.ema, made_from)

@@ -128,7 +128,7 @@ def quantise(x, rounding):
 
 
 def make_images(net, fast, cfg, n, steps, labels):
-    """This process's images of the n that the network makes: uint8 (N, 3, H, W).
+    """The network makes n images; this process its share of them: uint8 (N, 3, H, W).
 
     labels: (n,) or None. fast: the same network, compiled for batches of sampling_batch(net).
     """
@@ -144,7 +144,8 @@ def make_images(net, fast, cfg, n, steps, labels):
 def feature_network(cfg, device):
     """(F, fc, classes, facts). F: uint8 (B, 3, H, W) -> features (B, D); fc: features -> scores.
 
-    classes: the names that a judge knows, or []. facts: the name of the distance, whose weights.
+    classes: the names that a judge knows, or []. facts, for the line below the table: what the
+    distance is called, and which weights F has.
     """
     if cfg.metric == "fid":
         net = load_inception(device)

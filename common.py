@@ -8,10 +8,12 @@ Notation, the same in every script and in the equations:
     x_t    t x + (1 - t) z, a point on the straight line from z to x
     v      velocity: what every network predicts, as v(x_t, t). In training its target is x - z
     y      labels of the images: int64 (B,), or None
-    |.|^2  in a loss, the mean over pixels of the squares; elsewhere their sum
+    |.|^2  in the losses of 01 and 03, the mean over pixels of the squares; elsewhere their sum
 
 A couple is any noise with any image. A pair is a noise with the image that a trained network makes
-of it. Images are uint8 on disk and float in [-1, 1] everywhere else.
+of it. Images are uint8 on disk and float in [-1, 1] everywhere else. Each file that a stage writes
+has an id, and "made_from" lists the ids of all files that it was made from. So a stage can refuse
+files that do not belong together.
 
 Constants carry their origin: "paper:" (Zhu, Liu, Liu: SlimFlow, arXiv 2407.12718), "official
 code:" (only in the code that its authors published) or "ours:". The settings of cifar10 and ffhq64
@@ -50,8 +52,8 @@ PRESET = "shapes"  # the one in use; --preset NAME chooses another for one run
 # here needs it: it is a habit from diffusion models. (Sampling feeds pure noise at t = EPS, and its
 # steps of 1/N add up to 1, not to 1 - EPS. Both ignore a difference of 0.1 %.)
 EPS = 1e-3
-# Each noise has an index. Each use has a range of its own, which begins here: no image that is
-# judged comes from a noise that was trained on.
+# Noises are numbered. Stage 02's pairs, the pairs of stage 04's flow and the images that are judged
+# have numbers from here on. So no image that is judged comes from a noise that was trained on.
 PAIRS, OWN_PAIRS, EVALUATION = 0, 10**9, 2 * 10**9
 # `torchrun --nproc_per_node=8 01_train_teacher.py` starts 8 processes, one for each GPU. They share
 # each batch, so its size stays the same; only the random numbers of training differ.
@@ -109,8 +111,9 @@ class Attention(nn.Module):
     def forward(self, x):
         b, c = x.shape[:2]
         qkv = self.qkv(self.norm(x))  # (B, 3C, H, W)
-        qkv = qkv.view(b, 3, 1, c, -1).transpose(3, 4)
-        q, k, v = qkv.contiguous().unbind(1)  # (B, 1, HW, C): fused attention wants C last
+        qkv = qkv.view(b, 3, 1, c, -1)  # (B, 3, one head, C, HW)
+        qkv = qkv.transpose(3, 4).contiguous()  # fused attention wants C last
+        q, k, v = qkv.unbind(1)  # (B, 1, HW, C) each
         h = F.scaled_dot_product_attention(q, k, v)
         h = h.transpose(2, 3).reshape(x.shape)
         return (x + self.proj(h)) * math.sqrt(0.5)
@@ -150,8 +153,8 @@ class UNet(nn.Module):
     """The velocity network v(x_t, t).
 
     Level i has base * mult[i] channels and `blocks` residual blocks; in the decoder it has one
-    more. Attention follows the blocks at the sizes `attn`:
-    each one in the encoder, the last one in the decoder; and always the first block of the middle.
+    more. At the image sizes in `attn`, attention follows every encoder block and the last decoder
+    block. It always follows the first block of the middle.
     precision "bf16": bfloat16 in all layers but the last; the weights stay float32.
     """
 
@@ -306,7 +309,7 @@ def labels_for(seed, n, classes):
 
 
 def samples(net, seed, numbers, steps, labels=None):
-    """Images (N, 3, H, W) from the noises of stage 05 with these numbers (a range).
+    """Images (N, 3, H, W) from noises that no stage trains on: those with these numbers (a range).
 
     Image number i has the label labels[i]. With labels=None, a network with classes gets random
     ones, which depend on the seed alone.
@@ -324,11 +327,11 @@ def sampling_batch(net):
     return 512 if net.device.type == "cuda" else 128
 
 
-COMPILE_CALLS = 2000  # ours: so many calls win back the minute that compiling takes
+COMPILE_CALLS = 2000  # ours: this many calls win back the minute that compiling takes
 
 
 def compiled(cfg, net, calls, batch, training=False):
-    """net, compiled for batches of `batch` images if that saves time over so many calls; else net.
+    """net, compiled for batches of `batch` images if that saves time over this many calls; or net.
 
     A GPU computes faster than Python can start its kernels. So the compiler joins the kernels
     between the convolutions; all are recorded once, as a CUDA graph, and started together
@@ -847,7 +850,11 @@ def read(path, checksums=True):
 
 
 def load(cfg, name):
-    """The artifact <out>/<preset>/<name>. Its "lineage": the made_from of what is made from it."""
+    """The artifact <out>/<preset>/<name>, and its "lineage": its made_from and itself.
+
+    What is made from this artifact keeps the lineage as its own made_from. Raises UserError if the
+    artifact is missing, damaged, or was made from other files than those beside it.
+    """
     path = cfg.folder / name
     run_it = f"Run stage {name[:2]} for --preset {cfg.preset} --out {cfg.out}"
     require(path.exists(), f"{path} is missing. {run_it} first")
