@@ -51,7 +51,7 @@ SETTINGS = {
     "conditional": dict(shapes=True, cifar10_quick=True, imagenet64=True, others=False,
                         help="learn the class labels"),
     "flip": dict(imagenet64=False, others=True, help="mirror half of the images"),
-    # The network: 0.3M parameters for shapes, 15.7M for cifar10_quick, then 61.8M. (The paper's
+    # The network: 0.3M parameters for shapes, 15.8M for cifar10_quick, then 61.8M. (The paper's
     # teachers are published ones. Its ImageNet teacher has 296M parameters, the one here 114M.)
     "base": dict(shapes=20, cifar10_quick=96, imagenet64=192, others=128,
                  help="channels of level 1"),

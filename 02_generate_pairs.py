@@ -56,10 +56,10 @@ def follow(net, seed, indices, steps, labels, sampler):
 def make_pairs(cfg, name, net, made_from, n, steps, first_index, sampler=euler):
     """Writes n pairs (z, x = sampler(net, z, steps, labels)) as <out>/<preset>/<name>.
 
-    follow() has the method. The rest is here so that a long run can be interrupted and shared.
-    Both are float16 (n, 3, H, W). Their noises are numbered from first_index, their labels uniform
-    over the classes. Each batch is saved when it is made, so an interrupted run continues; several
-    processes share the batches. Stage 04 calls this too, for the flow's own pairs, and
+    z and x are float16 (n, 3, H, W). The noises are numbered from first_index, and the labels are
+    uniform over the classes. The method is in follow(); the rest is here so that a long run can be
+    interrupted and shared. Each batch is saved when it is made, so an interrupted run continues;
+    several processes share the batches. Stage 04 calls this too, for the flow's own pairs, and
     extras/import_checkpoint.py with another sampler. Raises UserError if what is there was made
     with other settings.
     """

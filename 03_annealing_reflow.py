@@ -7,8 +7,9 @@ on it is "the flow". On a straight path the velocity is constant and one Euler s
 the teacher gave a blur, the flow gives an image.
 
 Reflow normally starts from the teacher's weights. They do not fit into a smaller network, and from
-random weights it does poorly. So the small network first trains on an easier problem, which turns
-little by little into the right one. The noise of each pair is mixed with fresh noise:
+random weights it does poorly. So the small network first trains on another problem, with new noise
+in every step, which turns little by little into the right one. The noise of each pair is mixed with
+fresh noise:
 
     z_beta = sqrt(1 - beta^2) z + beta n         n ~ N(0, I), fresh noise in every step
     L = E || v(x_t, t) - (x - z_beta) ||^2       x_t = t x + (1 - t) z_beta           (paper, Eq. 9)

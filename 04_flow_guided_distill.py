@@ -17,15 +17,16 @@ Why two losses? A pair's image took many network calls, so pairs are few, and a 
 nothing else learns them by heart. A target takes one call of the flow, so every step can have new
 noise: the flow guides the student where there are no pairs. (This has nothing to do with
 classifier-free guidance.) The price is that call, and the student's own on a second batch: a step
-takes almost twice as long. It is worth it where pairs are few. In equal time, guidance brings the
+takes about twice as long. It is worth it where pairs are few. In equal time, guidance brings the
 distance of stage 05 from 5.6 to 3.7 with the 160 pairs of `shapes`, and from 13.7 to 9.7 with 64.
 With 1,024, more steps on pairs were as good.
 
-Why not stop at the flow, if its paths are straight? They are nearly straight, but a single call has
-only noise to look at, and must know the whole image at once. 90 % of the flow's images match the
-request then, and 97 % of the student's. Why not distil the teacher at once, without stage 03? From
-random weights, in the time of both stages, that gives 57 %. (All these numbers are means of five
-seeds: docs/results.md.)
+Why not stop at the flow, if its paths are straight? They are only nearly straight: with one call,
+90 % of its images match the request, and 97 % of the student's. Both see nothing but noise. But the
+flow must be right at every t, and it learns a mean of velocities. The student has only its jump to
+learn, and a loss that looks at the image at its end. Why not distil the teacher at once, without
+stage 03? A student from random weights that learns from the teacher's pairs, for as long as both
+stages take, reaches 57 %. (All these numbers are means of five seeds: docs/results.md.)
 
 t avoids both ends (official code: 0.2 to 0.8). Near 0 the flow's second look sees only noise; near
 1 nothing is left to correct.
@@ -165,8 +166,7 @@ def main(cfg):
     say(f"pairs | {len(pairs['x']):,} of the {cfg.pairs_from}'s")
 
     # 4. Training: L_distill + guidance L_2step. The student answers for the pairs and for the fresh
-    # noise in one call, (2B, 3, H, W); the flow is called once. Pairs are not mirrored as in 03:
-    # what is new in each step is the noise of L_2step.
+    # noise in one call, (2B, 3, H, W); the flow is called once. (Official code: no flips here.)
     in_a_call = 2 * cfg.batch if cfg.guidance else cfg.batch
     trainer = Trainer(cfg, "04 student", student, made_from, in_a_call)
     if cfg.guidance:

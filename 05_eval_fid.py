@@ -74,9 +74,10 @@ def root(sigma):
 def frechet_distance(mu1, sigma1, mu2, sigma2):
     """The Frechet distance of two Gaussians, a float >= 0. mu (D,), sigma (D, D), all float64.
 
-    With S = L L^T for both, tr (S1 S2)^(1/2) is the sum of the singular values of L1^T L2: their
-    squares are the eigenvalues of S1 S2. This is exact for singular covariances, too (fewer images
-    than features), where the root of a matrix is not.
+    With S = L L^T for both, tr (S1 S2)^(1/2) is the sum of the singular values of L1^T L2. Their
+    squares are the eigenvalues of (L1^T L2)(L2^T L1), which are those of L1 L1^T L2 L2^T = S1 S2.
+    This is exact for singular covariances, too (fewer images than features), where the root of a
+    matrix is not.
     """
     root_trace = torch.linalg.svdvals(root(sigma1).T @ root(sigma2)).sum()
     # d = |m1 - m2|^2 + tr( S1 + S2 - 2 (S1 S2)^(1/2) )
@@ -166,7 +167,7 @@ def feature_network(cfg, device):
     return net.features, net.fc, classes, {"metric": f"FD-{name}", "judge": judge["id"]}
 
 
-COLUMNS = {"network": "", "calls": "", "distance": ".3f", "named": ".1%", "parameters": ",",
+COLUMNS = {"network": "", "calls": "", "distance": ".3f", "matches": ".1%", "parameters": ",",
            "macs": ",", "ms": ".2f"}  # of a row, with their formats
 
 
@@ -206,9 +207,9 @@ def main(cfg):
     protocol = {"metric": "none", "reference": cfg.reference, "n_samples": cfg.n_samples,
                 "precision": cfg.precision, "rounding": cfg.rounding, "seed": cfg.seed}
     if cfg.metric != "none":
-        features_of, fc, judged, facts = feature_network(cfg, device)
+        features_of, fc, judge_classes, facts = feature_network(cfg, device)
         protocol.update(facts)
-        source, real = reference_images(cfg, size, judged)
+        source, real = reference_images(cfg, size, judge_classes)
         dimensions = fc.in_features
         fewest = min(cfg.n_samples, len(real))
         require(fewest >= dimensions or cfg.allow_few,
@@ -226,10 +227,10 @@ def main(cfg):
         features = [features_of(part.to(device)) for part in images.split(BATCH)]
         found = gaussian(features, dimensions)
         scores = {"distance": frechet_distance(*found, mu, sigma)}
-        if labels is not None and names == judged:
+        if labels is not None and names == judge_classes:
             seen = fc(torch.cat(features)).argmax(1).cpu()
-            matches = (seen == labels[RANK::WORLD]).sum()
-            scores["named"] = sum_of_processes(matches).item() / cfg.n_samples
+            right = (seen == labels[RANK::WORLD]).sum()
+            scores["matches"] = sum_of_processes(right).item() / cfg.n_samples
         return scores
 
     # 4. A row of the table for each set of images. In the picture, a column has one request and
@@ -276,11 +277,11 @@ def main(cfg):
         say("\n".join(["", *lines, f"wrote {cfg.folder}/{results}.md, .json, {picture}"]))
 
 
-def reference_images(cfg, size, judged):
+def reference_images(cfg, size, judge_classes):
     """(Their source, uint8 (N, 3, H, W)): --reference, or what the teacher was trained on.
 
-    judged: the names of the classes that the judge knows, or []. Raises UserError if the teacher
-    was trained on other images, or on other classes.
+    judge_classes: the names of the classes that the judge knows, or []. Raises UserError if the
+    teacher was trained on other images, or on other classes.
     """
     if cfg.reference:
         return cfg.reference, load_data(cfg.reference, size)[0]
@@ -288,8 +289,9 @@ def reference_images(cfg, size, judged):
     source = teacher["settings"]["data"]
     images, labels, names = load_data(source, size)
     unnamed = labels is not None and not names
-    require(not judged or names == judged or unnamed, f"the judge {cfg.metric} knows other classes "
-            f"than {source} has: --metric fid or none, or make a judge with extras/train_judge.py")
+    fits = not judge_classes or names == judge_classes or unnamed
+    require(fits, f"the judge {cfg.metric} knows other classes than {source} has: --metric fid or "
+            "none, or make a judge with extras/train_judge.py")
     known = teacher["made_from"].get("data")  # an imported teacher does not know
     require(known in (None, fingerprint(images)), f"{source} does not hold the images that the "
             "teacher was trained on any more: give them with --reference")

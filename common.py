@@ -6,7 +6,7 @@ Notation, the same in every script and in the equations:
     x      image in [-1, 1], real or made by a network, shape (B, 3, H, W)
     t      time, shape (B,): t = 0 is noise, t = 1 is data
     x_t    t x + (1 - t) z, a point on the straight line from z to x
-    v      velocity: what every network predicts, as v(x_t, t). In training its target is x - z
+    v      velocity: what every network predicts, as v(x_t, t). In stage 01 its target is x - z
     y      labels of the images: int64 (B,), or None
     |.|^2  in the losses of 01 and 03, the mean over pixels of the squares; elsewhere their sum
 
@@ -50,10 +50,11 @@ PRESET = "shapes"  # the one in use; --preset NAME chooses another for one run
 
 # Training draws t from [EPS, 1], and sampling begins at t = EPS, as in the official code. Nothing
 # here needs it: it is a habit from diffusion models. (Sampling feeds pure noise at t = EPS, and its
-# steps of 1/N add up to 1, not to 1 - EPS. Both ignore a difference of 0.1 %.)
+# steps of 1/N add up to 1, not to 1 - EPS. Nobody sees these two differences of 0.1 %.)
 EPS = 1e-3
-# Noises are numbered. Stage 02's pairs, the pairs of stage 04's flow and the images that are judged
-# have numbers from here on. So no image that is judged comes from a noise that was trained on.
+# Noises are numbered. Each use has a range of its own, which begins at one of these numbers: the
+# pairs of stage 02, the flow's own pairs in stage 04, and the images that are looked at and judged.
+# So no image that is judged comes from a noise that was trained on.
 PAIRS, OWN_PAIRS, EVALUATION = 0, 10**9, 2 * 10**9
 # `torchrun --nproc_per_node=8 01_train_teacher.py` starts 8 processes, one for each GPU. They share
 # each batch, so its size stays the same; only the random numbers of training differ.
@@ -309,10 +310,10 @@ def labels_for(seed, n, classes):
 
 
 def samples(net, seed, numbers, steps, labels=None):
-    """Images (N, 3, H, W) from noises that no stage trains on: those with these numbers (a range).
+    """Images (N, 3, H, W) from noises that no stage trains on: EVALUATION + i for i in numbers.
 
-    Image number i has the label labels[i]. With labels=None, a network with classes gets random
-    ones, which depend on the seed alone.
+    numbers: a range. Image number i has the label labels[i]. With labels=None, a network with
+    classes gets random ones, which depend on the seed alone.
     """
     z = noise_for(seed, [EVALUATION + i for i in numbers], net.shape)
     if labels is None:

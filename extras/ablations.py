@@ -63,7 +63,7 @@ class Score(NamedTuple):
 
 SCORES = {  # by their names in the rows of 05; add_errors() explains the last four
     "distance": Score("FD-shapes", ".3f"),
-    "named": Score("matches the request, %", ".1f", 100, sign=1),
+    "matches": Score("matches the request, %", ".1f", 100, sign=1),
     "own": Score("error, own noise", ".4f"),
     "fresh": Score("error, fresh noise", ".4f"),
     "bend": Score("bend of its paths, %", ".2f", 100),

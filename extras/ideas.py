@@ -39,7 +39,7 @@ def scores(own, name, calls):
     """FD-shapes and the share of matches, as text, from what stage 05 wrote."""
     rows = json.loads((own.folder / f"05_{name}.json").read_text())["rows"]
     row, = [row for row in rows if row.get("calls") == calls]
-    return f"FD-shapes {row['distance']:.1f}, {row['named']:.0%} match"
+    return f"FD-shapes {row['distance']:.1f}, {row['matches']:.0%} match"
 
 
 def prepare(cfg, folder, *files):

@@ -195,7 +195,7 @@ MUTANTS = {  # file: (old text, new text, the idea that it ruins, the tests that
          "parents are not read whole", "pipeline parent"),
         ("10**9, 2 * 10**9", "10**9, 10**9",
          "no noise is judged that was trained on", "maths noise"),
-        ("EVALUATION + i for", "i for", "no noise is judged that was trained on", "maths noise"),
+        ("[EVALUATION + i for", "[i for", "no noise is judged that was trained on", "maths noise"),
         ("float() / 127.5 - 1", "float() / 128 - 1", "255 is white", "data drawings"),
         ("127.5).round()", "127.5)", "rounding to uint8", "data drawings"),
         ("class_names=net.class_names", "class_names=[]", "class names: kept", "pipeline ones_own"),
