@@ -52,7 +52,7 @@ SETTINGS = {
                      help="of beta; none: reflow without annealing"),
     "anneal_steps": dict(shapes=675, cifar10_quick=2250, others=300_000, help="K, of all steps"),
     "flip": dict(imagenet64=False, others=True, help="mirror half of the pairs"),
-    # The small network: 0.1M parameters for shapes, 7.0M for cifar10_quick, 15.7M for cifar10 and
+    # The small network: 0.1M parameters for shapes, 7.1M for cifar10_quick, 15.7M for cifar10 and
     # ffhq64, 80.6M for imagenet64. (Paper, ImageNet: an ADM U-Net of 80.7M.)
     "base": dict(shapes=12, cifar10_quick=64, imagenet64=192, others=96,
                  help="channels of level 1"),
