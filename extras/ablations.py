@@ -289,7 +289,7 @@ def pairs_of(n):
     return stage("02", TEACHER, n_pairs=n)
 
 
-# `shapes` had more pairs before, and passed over each one less often. Most grids still do.
+# `shapes` had more pairs before, and repeated each one less often. Most grids still do.
 MORE_PAIRS = pairs_of(1024)
 PLAIN = dict(schedule="none")  # reflow without annealing
 ALONE = dict(guidance=0.0)  # distillation on pairs alone

@@ -2,7 +2,7 @@
 
     python extras/ideas.py  # after stage 01; three minutes on 2 CPU cores
 
-64 pairs are passed over 900 times. The 2-rectified flow is made without and with annealing. From
+64 pairs are repeated 900 times. The 2-rectified flow is made without and with annealing. From
 the annealed one, the student is made on pairs alone and with guidance, in the same time. (A guided
 step takes nearly twice as long, so the student on pairs alone has twice as many steps.)
 
