@@ -10,9 +10,10 @@ steps, which are N network calls:
 Such a couple (z, x) is a pair. In stage 01 noise and image were drawn independently of each other;
 here they belong together, and this is what stages 03 and 04 learn from.
 
-The straight lines between the two ends of a pair cross less often than lines between random ends.
-Paths that never cross keep their order, so neighbouring noises mostly lead to similar images, and
-their lines run side by side. (That is a tendency, not a theorem: docs/results.md measures it.)
+Two noises close to each other mostly stay close, since their paths cannot cross, and lead to
+similar images. So the straight lines between the ends of pairs run side by side, and cross less
+often than those between random ends. (That is a tendency, not a theorem: docs/results.md measures
+it.)
 
 Pair i has the noise noise_for(seed, i). It is rounded to float16, as it is stored, before it is
 followed: so the stored noise leads to the stored image.
@@ -71,7 +72,7 @@ def make_pairs(cfg, name, net, made_from, n, steps, first_index, sampler=euler):
     # 1. Is there anything to do?
     complete = path.exists() and not cfg.restart
     if complete:
-        require_same_run(path, load(cfg, name)["made"], recipe)
+        require_same_run(path, load(cfg, name).get("recipe", {}), recipe)
         say(f"{path} is complete")
     if RANK == 0 and (complete or cfg.restart):
         shutil.rmtree(folder, ignore_errors=True)
@@ -87,7 +88,7 @@ def make_pairs(cfg, name, net, made_from, n, steps, first_index, sampler=euler):
     files = {first: folder / f"{first:09}.pt" for first in range(0, n, batch)}
     for file in files.values():
         if file.exists():
-            require_same_run(folder, read(file)["made"], batch_recipe)
+            require_same_run(folder, read(file).get("recipe", {}), batch_recipe)
     mine = list(files)[RANK::WORLD]
     todo = [first for first in mine if not files[first].exists()]
     say(f"{n:,} pairs x {steps} steps | {len(files)} batches of {batch}")
@@ -103,7 +104,7 @@ def make_pairs(cfg, name, net, made_from, n, steps, first_index, sampler=euler):
         network = fast if len(indices) == batch else net  # it was compiled for full batches
         z, x = follow(network, cfg.seed, indices, steps, y, sampler)
         require(x.isfinite().all(), f"images of pairs {first} to {last - 1} are not finite")
-        save(files[first], z=z, x=x, made=batch_recipe)
+        save(files[first], z=z, x=x, recipe=batch_recipe)
         if time.monotonic() - logged > LOG_SECONDS:
             say(f"{name} | batch {done} of {len(todo)}")
             logged = time.monotonic()
@@ -114,7 +115,7 @@ def make_pairs(cfg, name, net, made_from, n, steps, first_index, sampler=euler):
         parts = [read(file) for file in files.values()]
         z = torch.cat([part["z"] for part in parts])
         x = torch.cat([part["x"] for part in parts])
-        save_artifact(cfg, name, net, made_from, (z, x), made=recipe, z=z, x=x, labels=labels)
+        save_artifact(cfg, name, net, made_from, (z, x), z=z, x=x, labels=labels, recipe=recipe)
         shutil.rmtree(folder)
     wait_for_all()
 

@@ -30,9 +30,9 @@ without annealing 52 %. With the 160 pairs of `shapes` it gains less, and not fo
 1,024 it gained nothing. (All are means of five seeds: docs/results.md. extras/ideas.py shows one.)
 
 The loss begins near 1.5, as in stage 01, and ends at about 0.015 for `shapes`. That is far less
-than the teacher's, because the lines of pairs seldom meet.
+than the teacher's, because the lines of pairs meet less often.
 
-Reads   out/<preset>/02_pairs.pt
+Reads   out/<preset>/02_pairs.pt; 01_teacher.pt with --start_from teacher
 Writes  out/<preset>/03_reflow.pt, 03_samples.png; 03_state.pt, from which an interrupted run
         continues
 Takes   shapes: one minute on 2 CPU cores (AMD EPYC, torch 2.13)
@@ -50,7 +50,8 @@ SETTINGS = {
     # beta, see beta()
     "schedule": dict(others="linear", choices=("linear", "cosine", "exponential", "none"),
                      help="of beta; none: reflow without annealing"),
-    "anneal_steps": dict(shapes=675, cifar10_quick=2250, others=300_000, help="K, of all steps"),
+    "anneal_steps": dict(shapes=675, cifar10_quick=2250, others=300_000,
+                         help="K: the steps until beta is 0"),
     "flip": dict(imagenet64=False, others=True, help="mirror half of the pairs"),
     # The small network: 0.1M parameters for shapes, 7.1M for cifar10_quick, 15.7M for cifar10 and
     # ffhq64, 80.6M for imagenet64. (Paper, ImageNet: an ADM U-Net of 80.7M.)
@@ -120,7 +121,7 @@ def main(cfg):
     arguments = pairs["network"]  # of the teacher
     say(f"pairs | {len(pairs['x']):,} of {arguments['classes']} classes")
 
-    # 2. The small network, from random weights. Stage 04 turns it into the student.
+    # 2. The small network, usually from random weights. Stage 04 turns it into the student.
     if cfg.start_from == "teacher":
         net, _ = load_network(cfg, "01_teacher.pt", device)
     else:

@@ -1,26 +1,26 @@
 """Stage 05: how far are the images of teacher, flow and student from real ones?
 
-A distance between two sets of images compares the features that a fixed network F finds in them.
+A distance between two sets of images compares the features that a fixed network finds in them.
 Each set becomes a Gaussian, with the mean m and the covariance S of its features, and two
 Gaussians have a distance in closed form (the Frechet distance; Heusel et al. 2017, 1706.08500):
 
     d = |m1 - m2|^2 + tr( S1 + S2 - 2 (S1 S2)^(1/2) )
 
-If F is the Inception network of 2015 with its published weights, d is called FID. The resize, the
-rounding and the number of images change it. They are printed below the table, and only numbers
-with the same ones may be compared.
+If that network is the Inception network of 2015 with its published weights, d is called FID. The
+resize, the rounding and the number of images change it. They are printed below the table, and only
+numbers with the same ones may be compared.
 
-F can also be a small classifier of such images, a judge: of drawings for `shapes`, of photos for
-`cifar10_quick`, or one of your own (extras/train_judge.py). Then d is called FD-shapes or
-FD-cifar10, and can be compared with nothing but itself. Real drawings that F has not seen are not
-quite at 0, because their mean and covariance come from a finite number of them. A judge also says
-how often an image matches the request: whether it shows the class that was asked for, such as "red
-triangle".
+The network can also be a small classifier of such images, a judge: of drawings for `shapes`, of
+photos for `cifar10_quick`, or one of your own (extras/train_judge.py). Then d is called FD-shapes
+or FD-cifar10, and can be compared with nothing but itself. Real drawings that the judge has not
+seen are not quite at 0, because their mean and covariance come from a finite number of them. A
+judge also says how often an image matches the request: whether it shows the class that was asked
+for, such as "red triangle".
 
 All networks are judged by images from the same noises, which nothing was trained on.
 
-Reads   out/<preset>/01_teacher.pt, 03_reflow.pt, 04_student.pt; the teacher's data; Inception's
-        weights
+Reads   out/<preset>/01_teacher.pt, 03_reflow.pt, 04_student.pt; the teacher's data; a judge, or
+        with --metric fid Inception's weights
 Writes  out/<preset>/05_results.md, 05_results.json, 05_samples.png; with --only NAME 05_NAME.*
 Takes   shapes: 10 s on 2 CPU cores (AMD EPYC, torch 2.13)
 
@@ -61,7 +61,7 @@ SETTINGS = {
     "precision": dict(shapes="fp32", others="auto", choices=("fp32", "bf16", "auto"),
                       help="of the networks that make the images"),
 }
-BATCH = 128  # ours: images per call of F
+BATCH = 128  # ours: images per call of the network that measures them
 
 
 def root(sigma):
@@ -75,9 +75,9 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     """The Frechet distance of two Gaussians, a float >= 0. mu (D,), sigma (D, D), all float64.
 
     With S = L L^T for both, tr (S1 S2)^(1/2) is the sum of the singular values of L1^T L2. Their
-    squares are the eigenvalues of (L1^T L2)(L2^T L1), which are those of L1 L1^T L2 L2^T = S1 S2.
-    This is exact for singular covariances, too (fewer images than features), where the root of a
-    matrix is not.
+    squares are the eigenvalues of L1^T L2 L2^T L1. AB and BA have the same eigenvalues but zeros,
+    so these are those of L1 L1^T L2 L2^T = S1 S2. This is exact for singular covariances, too
+    (fewer images than features), where the root of a matrix is not.
     """
     root_trace = torch.linalg.svdvals(root(sigma1).T @ root(sigma2)).sum()
     # d = |m1 - m2|^2 + tr( S1 + S2 - 2 (S1 S2)^(1/2) )
@@ -143,10 +143,11 @@ def make_images(net, fast, cfg, n, steps, labels):
 
 
 def feature_network(cfg, device):
-    """(F, fc, classes, facts). F: uint8 (B, 3, H, W) -> features (B, D); fc: features -> scores.
+    """(features_of, fc, classes, facts) of the network that measures images.
 
-    classes: the names that a judge knows, or []. facts, for the line below the table: what the
-    distance is called, and which weights F has.
+    features_of: uint8 (B, 3, H, W) -> features (B, D); fc: features -> scores of classes. classes:
+    the names that a judge knows, or []. facts, for the line below the table: what the distance is
+    called, and which weights the network has.
     """
     if cfg.metric == "fid":
         net = load_inception(device)

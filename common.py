@@ -48,9 +48,9 @@ except ImportError:  # Windows
 PRESETS = ("shapes", "cifar10_quick", "cifar10", "ffhq64", "imagenet64")
 PRESET = "shapes"  # the one in use; --preset NAME chooses another for one run
 
-# Training draws t from [EPS, 1], and sampling begins at t = EPS, as in the official code. Nothing
-# here needs it: it is a habit from diffusion models. (Sampling feeds pure noise at t = EPS, and its
-# steps of 1/N add up to 1, not to 1 - EPS. Nobody sees these two differences of 0.1 %.)
+# Stages 01 and 03 draw t from [EPS, 1], and sampling begins at t = EPS, as in the official code.
+# Nothing here needs it: it is a habit from diffusion models. (Sampling feeds pure noise at t = EPS,
+# and its steps of 1/N add up to 1, not to 1 - EPS. Nobody sees these two differences of 0.1 %.)
 EPS = 1e-3
 # Noises are numbered. Each use has a range of its own, which begins at one of these numbers: the
 # pairs of stage 02, the flow's own pairs in stage 04, and the images that are looked at and judged.
@@ -472,8 +472,8 @@ class Trainer:
                 now = time.monotonic()
                 end = self.done == cfg.steps or self.asked_to_stop
                 save_now = end or now - saved > SAVE_SECONDS
-                if step == first:
-                    self.log(None)  # it also set up the device, so its time says nothing
+                if step == first:  # it also set up the device: its speed means nothing
+                    self.log(None)
                     logged = now
                 elif save_now or now - logged > LOG_SECONDS:
                     self.log(now - logged)

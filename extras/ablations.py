@@ -198,7 +198,7 @@ def add_errors(cfg, rows):
     numbers = range(EVALUATION, EVALUATION + n)
     z_fresh = noise_for(cfg.seed, numbers, teacher.shape).to(device)
     y_fresh = labels_for(cfg.seed, n, teacher.args["classes"]).to(device)
-    x_fresh = euler(teacher, z_fresh, pairs["made"]["steps"], y_fresh)
+    x_fresh = euler(teacher, z_fresh, pairs["recipe"]["steps"], y_fresh)
     half = torch.full((n,), 0.5, device=device)
     for row in rows[1:]:  # the first is that of real drawings
         calls = row["calls"]
