@@ -72,7 +72,7 @@ SETTINGS = {
                       help="see Trainer"),
     "steps": dict(shapes=1800, cifar10_quick=6000, others=800_000, help="optimiser steps"),
     "batch": dict(shapes=32, others=128, help="pairs in a step"),
-    "lr": dict(shapes=8e-3, cifar10_quick=8e-3, others=2e-4, help="learning rate"),
+    "lr": dict(shapes=8e-3, cifar10_quick=4e-3, others=2e-4, help="learning rate"),
     "warmup": dict(shapes=100, cifar10_quick=200, others=5000, help="steps while lr rises"),
     "cooldown": dict(shapes=0.6, cifar10_quick=0.6, others=0.0, help="share while lr falls"),
     "ema": dict(shapes=0.999, cifar10_quick=0.999, others=0.999999, help="decay of the average"),

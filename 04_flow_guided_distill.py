@@ -75,7 +75,7 @@ SETTINGS = {
                       help="see Trainer"),
     "steps": dict(shapes=500, cifar10_quick=2500, others=400_000, help="optimiser steps"),
     "batch": dict(shapes=16, others=128, help="pairs in a step, and as many new noises"),
-    "lr": dict(shapes=5e-3, cifar10_quick=4e-3, others=2e-4, help="learning rate"),
+    "lr": dict(shapes=5e-3, cifar10_quick=2.5e-3, others=2e-4, help="learning rate"),
     "warmup": dict(shapes=50, cifar10_quick=100, others=0, help="steps while lr rises"),
     "cooldown": dict(shapes=1.0, cifar10_quick=1.0, others=0.0, help="share while lr falls"),
     "ema": dict(shapes=0.995, cifar10_quick=0.999, others=0.999999, help="decay of the average"),
