@@ -5,12 +5,13 @@ move at time t, so that noise z (t = 0) becomes an image x (t = 1). It is learne
 Draw an image and, independently of it, a noise. Stand on the straight line between them. Predict
 the direction of the line.
 
-    x_t = t x + (1 - t) z      L = E || v(x_t, t) - (x - z) ||^2      t ~ U[EPS, 1], or see draw_t()
+    x_t = t x + (1 - t) z      L = E | v(x_t, t) - (x - z) |^2      t ~ U[EPS, 1], or see draw_t()
 
-Through one x_t there is a line to every image x, since some noise z = (x_t - t x) / (1 - t) would
-have led there; some of these noises are likely, others are not. The network sees x_t only, so it
-cannot tell which line was drawn. A squared error is smallest at the mean. So the network learns
-the average direction of all these lines, weighted by how likely they are.
+For every image x there is a noise, z = (x_t - t x) / (1 - t), whose line to x passes through x_t.
+Some of these noises are likely, others are not. The network sees x_t only, so it cannot tell which
+line was drawn. A squared error is smallest at the mean. So the network learns the average direction
+of all these lines, weighted by how likely they are. (With labels, it sees the label as well. Then
+"every image" means all images of that class, here and in all that follows.)
 
 Why do the images come out right nevertheless? Imagine a crowd in which each person walks along a
 straight line. Wherever several people meet, all of them continue with the average velocity of the
@@ -93,7 +94,7 @@ def draw_t(n, distribution, device):
 
 
 def flow_loss(net, z, x, t, labels=None):
-    """E || v(x_t, t) - (x - z) ||^2, a scalar. Liu et al., 2209.03003, Eq. 1.
+    """E | v(x_t, t) - (x - z) |^2, a scalar. Liu et al., 2209.03003, Eq. 1.
 
     z, x (B, C, H, W): noise and images, independent of each other; t (B,); labels int64 (B,), or
     None.
@@ -101,7 +102,7 @@ def flow_loss(net, z, x, t, labels=None):
     # x_t = t x + (1 - t) z
     s = t.view(-1, 1, 1, 1)
     x_t = s * x + (1 - s) * z
-    # || v(x_t, t) - (x - z) ||^2
+    # | v(x_t, t) - (x - z) |^2
     return (net(x_t, t, labels) - (x - z)).square().mean()
 
 

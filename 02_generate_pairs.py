@@ -2,18 +2,18 @@
 
 The teacher's flow is an ordinary differential equation. Its velocity v(x, t) has a single value at
 each place and time, so two paths cannot cross: from a point there is only one way on, and only one
-way back. Each noise z therefore leads to exactly one image x. Euler's method follows it in N small
-steps, which are N network calls:
+way back. Each noise z therefore leads to exactly one image x (with labels: to one for each label).
+Euler's method follows it in N small steps, which are N network calls:
 
     dx/dt = v(x, t),  x = z at the start:      x <- x + v(x, t_i) / N,  t_i = EPS + (1 - EPS) i / N
 
 Such a couple (z, x) is a pair. In stage 01 noise and image were drawn independently of each other;
 here they belong together, and this is what stages 03 and 04 learn from.
 
-Two noises close to each other mostly stay close, since their paths cannot cross, and lead to
-similar images. So the straight lines between the ends of pairs run side by side, and cross less
-often than those between random ends. (That is a tendency, not a theorem: docs/results.md measures
-it.)
+The velocity changes little between neighbouring points, so two noises close to each other mostly
+lead to similar images. The straight lines between the ends of pairs therefore run side by side, and
+cross less often than those between random ends. (That is a tendency, not a theorem: docs/results.md
+measures it.)
 
 Pair i has the noise noise_for(seed, i). It is rounded to float16, as it is stored, before it is
 followed: so the stored noise leads to the stored image.

@@ -7,12 +7,12 @@ on it is "the flow". On a straight path the velocity is constant and one Euler s
 the teacher gave a blur, the flow gives an image.
 
 Reflow normally starts from the teacher's weights. They do not fit into a smaller network, and from
-random weights it does poorly. So the small network first trains on another problem, with new noise
-in every step, which turns little by little into the right one. The noise of each pair is mixed with
-fresh noise:
+random weights, on few pairs, it does poorly. So the small network first trains on another problem,
+with new noise in every step, which turns little by little into the right one. The noise of each
+pair is mixed with fresh noise:
 
     z_beta = sqrt(1 - beta^2) z + beta n         n ~ N(0, I), fresh noise in every step
-    L = E || v(x_t, t) - (x - z_beta) ||^2       x_t = t x + (1 - t) z_beta           (paper, Eq. 9)
+    L = E | v(x_t, t) - (x - z_beta) |^2       x_t = t x + (1 - t) z_beta           (paper, Eq. 9)
 
 At beta = 1 the noise has nothing to do with the image. This is stage 01 with the teacher's images
 as data: every draw is new, and the paths that it teaches are bent. At beta = 0 it is reflow on
@@ -99,7 +99,7 @@ def beta(step, cfg):
 
 
 def reflow_loss(net, z, x, t, b, labels=None):
-    """E || v(x_t, t) - (x - z_beta) ||^2 on pairs, a scalar. Paper, Eq. 9.
+    """E | v(x_t, t) - (x - z_beta) |^2 on pairs, a scalar. Paper, Eq. 9.
 
     z, x (B, C, H, W): the pairs, x is where the teacher takes z; t (B,); b: beta, in [0, 1]; labels
     int64 (B,) or None.
@@ -109,7 +109,7 @@ def reflow_loss(net, z, x, t, b, labels=None):
     # x_t = t x + (1 - t) z_beta
     s = t.view(-1, 1, 1, 1)
     x_t = s * x + (1 - s) * z_beta
-    # || v(x_t, t) - (x - z_beta) ||^2
+    # | v(x_t, t) - (x - z_beta) |^2
     return (net(x_t, t, labels) - (x - z_beta)).square().mean()
 
 

@@ -1,7 +1,7 @@
 """Stage 04: flow-guided distillation. The flow becomes a student that needs one network call.
 
 The student v' starts as a copy of stage 03's flow v. It learns to jump from the noise to the
-image, by two losses:
+image, by two losses. (D is a distance between images; see below.)
 
     L_distill = E D( z + v'(z, EPS), x )         on pairs (z, x)                 (paper, Eq. 8)
     L_2step   = E D( z + v'(z, EPS), target )    on fresh noise z in every step  (Eqs. 11-13)
@@ -22,11 +22,12 @@ distance (stage 05) of 5.6 with the 160 pairs of `shapes`; 500 steps with guidan
 end at 3.7. With 64 pairs these are 13.7 and 9.7. With 1,024, more steps on pairs were better.
 
 Why not stop at the flow, if its paths are straight? They are only nearly straight: with one call,
-90 % of its images match the request, and 97 % of the student's. Both see nothing but noise. But the
-flow must be right at every t, and it learns a mean of velocities. The student has only its jump to
-learn, and a loss that looks at the image at its end. Why not distil the teacher at once, without
-stage 03? A student from random weights that learns from the teacher's pairs, for as long as both
-stages take, reaches 57 %. (All these numbers are means of five seeds: docs/results.md.)
+90 % of its images match the request, and 97 % of the student's. Both get the same input in that one
+call, pure noise. But the flow must be right at every t, and it learns a mean of velocities. The
+student has only its jump to learn, and a loss that looks at the image at its end. Why not distil
+the teacher at once, without stage 03? A student from random weights that learns from the teacher's
+pairs, for as long as both stages take, reaches 57 %. (All these numbers are means of five seeds:
+docs/results.md.)
 
 t avoids both ends (official code: 0.2 to 0.8). Near 0 the flow's second look sees only noise; near
 1 nothing is left to correct.
@@ -85,14 +86,14 @@ SETTINGS = {
 
 
 def squared_l2(a, b):
-    """D(a, b) = mean over pixels of (a - b)^2: (B,)."""
+    """D(a, b) = mean over all values of (a - b)^2: (B,)."""
     return (a - b).square().mean(dim=(1, 2, 3))
 
 
 def pseudo_huber(a, b):
-    """D(a, b) = sqrt( |a - b|^2 + c^2 ) - c: (B,), with the sum over pixels in |a - b|^2.
+    """D(a, b) = sqrt( |a - b|^2 + c^2 ) - c: (B,), with the sum over all values in |a - b|^2.
 
-    c = 0.00054 sqrt(pixels). Song & Dhariwal, 2310.14189.
+    c = 0.00054 sqrt(number of values). Song & Dhariwal, 2310.14189.
     """
     c = 0.00054 * math.sqrt(a[0].numel())
     squares = (a - b).square().sum(dim=(1, 2, 3))

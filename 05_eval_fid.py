@@ -75,9 +75,10 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     """The Frechet distance of two Gaussians, a float >= 0. mu (D,), sigma (D, D), all float64.
 
     With S = L L^T for both, tr (S1 S2)^(1/2) is the sum of the singular values of L1^T L2. Their
-    squares are the eigenvalues of L1^T L2 L2^T L1. AB and BA have the same eigenvalues but zeros,
-    so these are those of L1 L1^T L2 L2^T = S1 S2. This is exact for singular covariances, too
-    (fewer images than features), where the root of a matrix is not.
+    squares are the eigenvalues of L1^T (L2 L2^T L1). AB and BA share all eigenvalues that are not
+    0, so we may move L1^T to the end: L2 L2^T L1 L1^T = S2 S1, which has those of S1 S2. This is
+    exact for singular covariances, too (fewer images than features), where the root of a matrix is
+    not.
     """
     root_trace = torch.linalg.svdvals(root(sigma1).T @ root(sigma2)).sum()
     # d = |m1 - m2|^2 + tr( S1 + S2 - 2 (S1 S2)^(1/2) )

@@ -8,12 +8,13 @@ Notation, the same in every script and in the equations:
     x_t    t x + (1 - t) z, a point on the straight line from z to x
     v      velocity: what every network predicts, as v(x_t, t). In stage 01 its target is x - z
     y      labels of the images: int64 (B,), or None
-    |.|^2  in the losses of 01 and 03, the mean over pixels of the squares; elsewhere their sum
+    |.|^2  in the losses of 01 and 03, the mean of the squares of all values; elsewhere their sum
 
 A couple is any noise with any image. A pair is a noise with the image that a trained network makes
 of it. Images are uint8 on disk and float in [-1, 1] everywhere else. Each file that a stage writes
-has an id, and "made_from" lists the ids of all files that it was made from. So a stage can refuse
-files that do not belong together.
+has an id, and "made_from" lists the ids of all files that it was made from. Its "lineage" is that
+list and its own id: it becomes the made_from of what is made from it. So a stage can refuse files
+that do not belong together.
 
 Constants carry their origin: "paper:" (Zhu, Liu, Liu: SlimFlow, arXiv 2407.12718), "official
 code:" (only in the code that its authors published) or "ours:". The settings of cifar10 and ffhq64
@@ -154,8 +155,9 @@ class UNet(nn.Module):
     """The velocity network v(x_t, t).
 
     Level i has base * mult[i] channels and `blocks` residual blocks; in the decoder it has one
-    more. At the image sizes in `attn`, attention follows every encoder block and the last decoder
-    block. It always follows the first block of the middle.
+    more. At the image sizes in `attn`, attention follows every encoder block but the halving one,
+    and the last decoder block before the doubling one. It always follows the first block of the
+    middle.
     precision "bf16": bfloat16 in all layers but the last; the weights stay float32.
     """
 
@@ -399,7 +401,7 @@ class Trainer:
             trainer.update(loss)                 # backward, clipping, optimiser, EMA
 
     trainer.ema is the network with averaged weights (the exponential moving average; stage 01 says
-    why). Only this one makes images and is kept.
+    why). Only this one makes images, and only this one is passed on to the next stages.
     """
 
     def __init__(self, cfg, name, net, made_from, batch):
