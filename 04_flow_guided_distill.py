@@ -8,10 +8,10 @@ image, by two losses. (D is a distance between images; see below.)
                 x_t = z + t v'(z, EPS),   target = x_t + (1 - t) v(x_t, t),   t ~ U[0.2, 0.8]
 
 Why is this target better than the student's own jump? The jump must guess the whole image from
-noise. The target goes only part of the way on that guess; then the flow looks at x_t,
-where the image already shows, and corrects the rest of the way. So the student is pulled towards
-what its own first step becomes after a second look. No gradient goes through the target: otherwise
-the loss could fall by making the target as bad as the jump.
+noise. The target goes only part of the way on that guess; then the flow looks at x_t, where the
+image already shows, and corrects the rest of the way. So the student is pulled towards what its own
+first step becomes after a second look. No gradient goes through the target: otherwise the loss
+could fall by making the target as bad as the jump.
 
 Why two losses? A pair's image took many network calls, so pairs are few, and a student that sees
 nothing else learns them by heart. A target takes one call of the flow, so every step can have new
