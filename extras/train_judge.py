@@ -141,9 +141,10 @@ def main(cfg):
         say(f"judge | distance {distance:.3f} | {what}")
     require(accuracy >= cfg.accuracy, f"the judge names only {accuracy:.2%} of the images that it "
             "has not seen")
+    source = Path(cfg.data).name
     save(cfg.file, weights=weights, id=fingerprint(*weights.values()), accuracy=accuracy,
          classes=names, widths=cfg.widths, convs=cfg.convs,
-         made_with=f"extras/train_judge.py --data {cfg.data}, {cfg.steps} steps, seed {cfg.seed}")
+         made_with=f"extras/train_judge.py --data {source}, {cfg.steps} steps, seed {cfg.seed}")
     say(f"wrote {cfg.file} | {accuracy:.2%} of {len(unseen):,} unseen images are named rightly")
 
 
