@@ -15,9 +15,9 @@ of all these lines, weighted by how likely they are. (With labels, it sees the l
 
 Why do the images come out right nevertheless? Imagine a crowd in which each person walks along a
 straight line. Wherever several people meet, all of them continue with the average velocity of the
-group. Nobody keeps their own line any more, but each place gains and loses as many people as it
-would have done otherwise. So at every t the crowd is spread out as it would have been, and at t = 1
-it is spread out like the images.
+group. Nobody keeps their own line any more, but as many people enter and leave each place as if
+everybody had kept it. So at every t the crowd is spread out as it would have been, and at t = 1 it
+is spread out like the images.
 
 What the average does change is the path: it bends. At t = 0 every image is still possible, and the
 average direction points at the average image. A single Euler step, a straight move with the
@@ -55,7 +55,7 @@ SETTINGS = {
     # The network: 0.3M parameters for shapes, 15.8M for cifar10_quick, then 61.8M. (The paper's
     # teachers are published ones. Its ImageNet teacher has 296M parameters, the one here 114M.)
     "base": dict(shapes=20, cifar10_quick=96, imagenet64=192, others=128,
-                 help="channels of level 1"),
+                 help="channels of the first level"),
     "mult": dict(shapes=(1, 2), cifar10_quick=(1, 2, 2), others=(1, 2, 2, 2),
                  help="channels of each level, as multiples of base"),
     "blocks": dict(shapes=1, cifar10_quick=2, imagenet64=3, others=4, help="per level"),

@@ -10,10 +10,10 @@ Euler's method follows it in N small steps, which are N network calls:
 Such a couple (z, x) is a pair. In stage 01 noise and image were drawn independently of each other;
 here they belong together, and this is what stages 03 and 04 learn from.
 
-The velocity changes little between neighbouring points, so two noises close to each other mostly
-lead to similar images. The straight lines between the ends of pairs therefore run side by side, and
-cross less often than those between random ends. (That is a tendency, not a theorem: docs/results.md
-measures it.)
+That is about the paths. But the velocity changes little between neighbouring points, so two noises
+close to each other mostly lead to similar images. The straight lines between the ends of pairs
+therefore run side by side, and cross less often than those between random ends. (That is a
+tendency, not a theorem: docs/results.md measures it.)
 
 Pair i has the noise noise_for(seed, i). It is rounded to float16, as it is stored, before it is
 followed: so the stored noise leads to the stored image.

@@ -27,7 +27,8 @@ network becomes a generator for any noise, as in stage 01, and it keeps that whi
 pairs. Annealing should then help where pairs are few and each is repeated many times, as in the
 paper (2,000 times). It does: with 64 pairs, 81 % of the student's images match the request, and
 without annealing 52 %. With the 160 pairs of `shapes` it gains less, and not for every seed. With
-1,024 it gained nothing. (All are means of five seeds: docs/results.md. extras/ideas.py shows one.)
+1,024 it gained nothing. (All are means of five seeds: docs/results.md. extras/ideas.py shows one
+seed.)
 
 The loss begins near 1.5, as in stage 01, and ends at about 0.015 for `shapes`. That is far less
 than the teacher's, because the lines of pairs meet less often.
@@ -56,7 +57,7 @@ SETTINGS = {
     # The small network: 0.1M parameters for shapes, 7.1M for cifar10_quick, 15.7M for cifar10 and
     # ffhq64, 80.6M for imagenet64. (Paper, ImageNet: an ADM U-Net of 80.7M.)
     "base": dict(shapes=12, cifar10_quick=64, imagenet64=192, others=96,
-                 help="channels of level 1"),
+                 help="channels of the first level"),
     "mult": dict(shapes=(1, 2), others=(1, 2, 2),
                  help="channels of each level, as multiples of base"),
     "blocks": dict(shapes=1, imagenet64=3, others=2, help="per level"),

@@ -74,11 +74,11 @@ def root(sigma):
 def frechet_distance(mu1, sigma1, mu2, sigma2):
     """The Frechet distance of two Gaussians, a float >= 0. mu (D,), sigma (D, D), all float64.
 
-    With S = L L^T for both, tr (S1 S2)^(1/2) is the sum of the singular values of L1^T L2. Their
-    squares are the eigenvalues of L1^T (L2 L2^T L1). AB and BA share all eigenvalues that are not
-    0, so we may move L1^T to the end: L2 L2^T L1 L1^T = S2 S1, which has those of S1 S2. This is
-    exact for singular covariances, too (fewer images than features), where the root of a matrix is
-    not.
+    With S = L L^T for both, tr (S1 S2)^(1/2) is the sum of the singular values of A = L1^T L2. The
+    squares of these are the eigenvalues of A A^T = L1^T (L2 L2^T L1). XY and YX share all
+    eigenvalues that are not 0, so they are those of L2 L2^T L1 L1^T = S2 S1, and so of S1 S2. This
+    is exact for singular covariances, too (fewer images than features), where the root of a matrix
+    is not.
     """
     root_trace = torch.linalg.svdvals(root(sigma1).T @ root(sigma2)).sum()
     # d = |m1 - m2|^2 + tr( S1 + S2 - 2 (S1 S2)^(1/2) )
@@ -222,7 +222,8 @@ def main(cfg):
         protocol.update(reference=source, n_reference=len(real),
                         reference_id=fingerprint(mu, sigma))
 
-    # 3. Distance and share of matches of any images, uint8 (N, 3, H, W), with their labels (N,).
+    # 3. Distance and share of matches of any images. images: this process's share of them, uint8
+    # (N, 3, H, W), every one in WORLD; labels: those of all images, or None.
     def measure(images, labels):
         if cfg.metric == "none":
             return {}

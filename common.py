@@ -11,10 +11,10 @@ Notation, the same in every script and in the equations:
     |.|^2  in the losses of 01 and 03, the mean of the squares of all values; elsewhere their sum
 
 A couple is any noise with any image. A pair is a noise with the image that a trained network makes
-of it. Images are uint8 on disk and float in [-1, 1] everywhere else. Each file that a stage writes
-has an id, and "made_from" lists the ids of all files that it was made from. Its "lineage" is that
-list and its own id: it becomes the made_from of what is made from it. So a stage can refuse files
-that do not belong together.
+of it. Images are uint8 on disk and float in [-1, 1] everywhere else.
+
+Each file that a stage writes remembers the ids of the files that it was made from ("made_from", and
+"lineage" with its own id; see load()). So a stage can refuse files that do not belong together.
 
 Constants carry their origin: "paper:" (Zhu, Liu, Liu: SlimFlow, arXiv 2407.12718), "official
 code:" (only in the code that its authors published) or "ours:". The settings of cifar10 and ffhq64
@@ -97,7 +97,7 @@ def group_norm(channels):
     """Normalisation in groups of 4 channels, or of more, so that there are at most 32 groups."""
     groups = min(channels // 4, 32)
     require(groups and channels % groups == 0,
-            f"{channels} channels: --base must be a multiple of 4, and above 128 one of 32")
+            f"{channels} channels do not divide into groups: try a --base that is a multiple of 32")
     return nn.GroupNorm(groups, channels, eps=1e-6)
 
 
@@ -293,7 +293,7 @@ def noise_for(seed, indices, shape):
     A function of (seed, index) alone: neither the batch nor the machine changes it.
     """
     noise = torch.empty(len(indices), *shape)
-    for row, index in zip(noise.numpy(), indices):
+    for row, index in zip(noise.numpy(), indices):  # rows are views: what fills them fills noise
         key = np.array([seed, index], dtype=np.uint64)
         rng = np.random.Generator(np.random.Philox(key=key))
         rng.standard_normal(out=row, dtype=np.float32)
@@ -412,7 +412,7 @@ class Trainer:
         self.cfg, self.name = cfg, name
         self.path = cfg.folder / f"{name[:2]}_state.pt"  # name begins with the stage's number
         self.device = next(net.parameters()).device
-        self.trained = net.train()  # with dropout
+        self.trained = net.train()  # with dropout; self.net is the same, perhaps compiled
         self.ema = copy.deepcopy(net).eval().requires_grad_(False)  # without
         self.weights = list(net.parameters())
         self.averages = list(self.ema.parameters())

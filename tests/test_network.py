@@ -94,7 +94,8 @@ def test_it_begins_near_zero_drops_out_in_training_only_and_computes_in_bf16_if_
 def test_dropout_sits_between_the_silu_and_the_second_convolution():
     """Nothing normalises or bends what dropout leaves: conv1 sees zeros and scaled SiLUs."""
     block = ResBlock(8, 8, 4, dropout=0.5)
-    seen = []
+    seen, dropped = [], []
+    block.dropout.register_forward_hook(lambda layer, given, out: dropped.append(out))
     block.norm1.register_forward_hook(lambda layer, given, out: seen.append(out))
     block.conv1.register_forward_pre_hook(lambda layer, given: seen.append(given[0]))
     x, emb = torch.randn(2, 8, 16, 16), torch.randn(2, 4)
@@ -103,6 +104,7 @@ def test_dropout_sits_between_the_silu_and_the_second_convolution():
     kept = given != 0
     assert 0.4 < kept.float().mean() < 0.6
     assert_close(given, 2 * F.silu(normalised) * kept)
+    assert len(dropped) == 1
 
 
 # -------------------------------------------------------------- the official network, a second time
