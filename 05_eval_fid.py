@@ -206,8 +206,8 @@ def main(cfg):
     size, names = net.args["image_size"], net.class_names  # the same for all of them
 
     # 2. The real images, and the Gaussian of their features.
-    protocol = {"metric": "none", "reference": cfg.reference, "n_samples": cfg.n_samples,
-                "precision": cfg.precision, "rounding": cfg.rounding, "seed": cfg.seed}
+    protocol = {"metric": "none", "n_samples": cfg.n_samples, "precision": cfg.precision,
+                "rounding": cfg.rounding, "seed": cfg.seed}
     if cfg.metric != "none":
         features_of, fc, judge_classes, facts = feature_network(cfg, device)
         protocol.update(facts)
@@ -245,10 +245,10 @@ def main(cfg):
     if cfg.metric == "shapes":  # a program can draw more real images
         drawings, labels = draw_shapes(cfg.n_samples, size, seed=1)
         rows.append({"network": "real", **measure(drawings[RANK::WORLD], labels)})
-        shown = drawings[:12]
+        shown, labels = draw_shapes(1024, size, seed=1)  # enough to have all classes
         if names:
-            shown = torch.stack([drawings[labels == request][0] for request in requests])
-        pictures["real"] = from_uint8(shown)
+            shown = torch.stack([shown[labels == request][0] for request in requests])
+        pictures["real"] = from_uint8(shown[:12])
     for name, net, calls in networks:
         labels, batch = labels_for(cfg.seed, cfg.n_samples, len(names)), sampling_batch(net)
         fast = compiled(cfg, net, cfg.n_samples // WORLD // batch * calls, batch)
@@ -292,9 +292,9 @@ def reference_images(cfg, size, judge_classes):
     source = teacher["settings"]["data"]
     images, labels, names = load_data(source, size)
     unnamed = labels is not None and not names
-    fits = not judge_classes or names == judge_classes or unnamed
-    require(fits, f"the judge {cfg.metric} knows other classes than {source} has: --metric fid or "
-            "none, or make a judge with extras/train_judge.py")
+    require(not judge_classes or names == judge_classes or unnamed, f"the judge {cfg.metric} knows "
+            f"other classes than {source} has: --metric fid or none, or make a judge with "
+            "extras/train_judge.py")
     known = teacher["made_from"].get("data")  # an imported teacher does not know
     require(known in (None, fingerprint(images)), f"{source} does not hold the images that the "
             "teacher was trained on any more: give them with --reference")

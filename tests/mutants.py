@@ -112,7 +112,7 @@ MUTANTS = {  # file: (old text, new text, the idea that it ruins, the tests that
         ("fewest >= dimensions or", "True or",
          "few images make FID too large", "pipeline bad_settings"),
         ("argmax(1)", "argmin(1)", "the judge names the highest score", "pipeline named"),
-        ("fits = not judge_classes or", "fits = True or", "a judge measures images of its classes",
+        ("require(not judge_classes or", "require(True or", "a judge measures images of its classes",
          "extras judge_of"),
         ('removesuffix("_judge")', "upper()", "the name of a judge's distance", "extras judge_of"),
         ("operations -= sum(", "operations -= 0 * sum(",

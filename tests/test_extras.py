@@ -26,6 +26,7 @@ SMALL = {  # settings besides TINY
     "01": dict(blocks=1),
     "03": dict(blocks=1),
     "04": dict(n_pairs=6, pair_steps=1, distance="l2"),
+    "05": dict(n_samples=16),
     "import": dict(n_pairs=6, sample_steps=1),
     "sample": dict(n=3),
     "judge": dict(steps=2, widths="4,4", convs=1, file="data/judge.pt"),
