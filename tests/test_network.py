@@ -1,6 +1,5 @@
 """The U-Net: sizes, labels, precision, the official network's outputs; published checkpoints."""
 import math
-import shutil
 
 import numpy as np
 import pytest

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 import common
-from conftest import (ARTIFACTS, ROOT, TINY, artifact, call, refused, same, save_images, script,
+from conftest import (ARTIFACTS, ROOT, artifact, call, refused, same, save_images, script,
                       settings_of)
 from extras.drawings import CLASSES, draw_shapes
 
