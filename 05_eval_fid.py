@@ -160,13 +160,13 @@ def feature_network(cfg, device):
     require(path.exists(), f"--metric {cfg.metric}: choose fid, none, shapes, cifar10, or the file "
             "of a judge that extras/train_judge.py made")
     judge = read(path)
-    classes = judge["classes"]
-    net = Judge(len(classes), judge["widths"], judge["convs"])
+    net = Judge(**judge["network"])
     net.load_state_dict(judge["weights"])
     net = net.to(device).eval()
     say(f"judge | right on {judge['accuracy']:.2%} of unseen images; {judge['made_with']}")
     name = path.stem.removesuffix("_judge")
-    return net.features, net.fc, classes, {"metric": f"FD-{name}", "judge": judge["id"]}
+    facts = {"metric": f"FD-{name}", "judge": judge["id"]}
+    return net.features, net.fc, judge["classes"], facts
 
 
 COLUMNS = {"network": "", "calls": "", "distance": ".3f", "matches": ".1%", "parameters": ",",
@@ -320,16 +320,18 @@ class Judge(nn.Module):
 
     Maps images (B, 3, H, W) to features (B, D): the means of all channels of each level, so that
     edges and colours count as well as what is shown. fc(features): the scores of the classes.
-    A level has `convs` convolutions, and half the size of the one before.
+    Each level has half the size of the one before. Its first convolution changes the number of
+    channels; the others add to what is there.
     """
 
-    def __init__(self, classes, widths, convs):
+    def __init__(self, classes, widths, convs, mirrored):
         super().__init__()
+        self.mirrored = mirrored
         self.levels = nn.ModuleList()
         c = 3
-        for width in widths:
-            level = nn.Sequential()
-            for _ in range(convs):
+        for width, n in zip(widths, convs):
+            level = nn.ModuleList()
+            for _ in range(n):
                 level.append(Conv(c, width, 3, padding=1))
                 c = width
             self.levels.append(level)
@@ -340,12 +342,18 @@ class Judge(nn.Module):
         for level in self.levels:
             if features:
                 x = F.max_pool2d(x, 2)
-            x = level(x)  # (B, width, H, W), then half of H and W, and so on
-            features.append(x.mean(dim=(2, 3)))
+            x = level[0](x)  # (B, width, H, W), then half of H and W, and so on
+            for conv in level[1:]:
+                x = x + conv(x)
+            features.append(F.adaptive_avg_pool2d(x, 1).flatten(1))
         return torch.cat(features, dim=1)
 
     def features(self, images_uint8):
-        return self(from_uint8(images_uint8))
+        """If mirrored: the means of an image's features and those of its mirror image."""
+        x = from_uint8(images_uint8)
+        if not self.mirrored:
+            return self(x)
+        return (self(x) + self(x.flip(3))) / 2
 
 
 # --------------------------------------------------------------------------------------- Inception

@@ -30,16 +30,17 @@ SETTINGS = {
     "image_size": dict(shapes=16, ffhq64=64, imagenet64=64, others=32, help="pixels"),
     "file": dict(shapes="extras/shapes_judge.pt", others="extras/cifar10_judge.pt",
                  help="the judge"),
-    "widths": dict(shapes=(16, 32, 64), others=(32, 64, 144, 144), help="channels of each level"),
-    "convs": dict(shapes=1, others=2, help="convolutions per level"),
-    "steps": dict(shapes=3000, others=12_000, help="optimiser steps"),
-    "batch": dict(others=128, help="images in a step"),
+    "widths": dict(shapes=(16, 32, 64), others=(32, 96, 100, 100), help="channels of each level"),
+    "convs": dict(shapes=(1, 1, 1), others=(1, 3, 3, 3), help="convolutions of each level"),
+    "steps": dict(shapes=3000, others=7500, help="optimiser steps"),
+    "batch": dict(shapes=128, others=512, help="images in a step"),
     "optimizer": dict(shapes="adam", others="sgd", choices=("adam", "sgd"), help="which one"),
-    "lr": dict(shapes=3e-3, others=0.2, help="highest learning rate"),
+    "lr": dict(shapes=3e-3, others=0.4, help="highest learning rate"),
     "weight_decay": dict(shapes=0.0, others=5e-4, help="pulls the weights towards 0"),
-    "smoothing": dict(shapes=0.0, others=0.1, help="of the labels"),
+    "smoothing": dict(shapes=0.0, others=0.2, help="of the labels"),
     "noise": dict(shapes=0.1, others=0.0, help="most noise, in half of the images"),
     "shift": dict(shapes=0, others=4, help="pixels; photos are also mirrored"),
+    "hidden": dict(shapes=0, others=10, help="pixels: the side of a square that is not seen"),
     "accuracy": dict(shapes=0.995, others=0.0, help="refuse a judge that is worse"),
     "precision": dict(shapes="fp32", others="auto", choices=("fp32", "bf16", "auto"),
                       help="of the training"),
@@ -58,6 +59,16 @@ def shifted(x, most):
     rows, columns = pixel + down, pixel + right  # (N, H), (N, W)
     crops = padded[image[:, None, None], :, rows[:, :, None], columns[:, None, :]]
     return crops.permute(0, 3, 1, 2)  # (N, C, H, W)
+
+
+def partly_hidden(x, side):
+    """A square of each image, anywhere, is grey, so that the judge looks at all the rest, too."""
+    pixel = torch.arange(x.shape[-1], device=x.device)
+    top, left = torch.randint(1 - side, x.shape[-1], (2, len(x), 1), device=x.device)
+    rows = (pixel >= top) & (pixel < top + side)  # (N, H)
+    columns = (pixel >= left) & (pixel < left + side)  # (N, W)
+    square = rows[:, None, :, None] & columns[:, None, None, :]
+    return x.masked_fill(square, 0)
 
 
 def noisy(x, most):
@@ -94,7 +105,8 @@ def main(cfg):
         images, labels = images[seen], labels[seen]
 
     # 2. Training.
-    net = evaluation.Judge(len(names), cfg.widths, cfg.convs).to(device)
+    network = dict(classes=len(names), widths=cfg.widths, convs=cfg.convs, mirrored=cfg.shift > 0)
+    net = evaluation.Judge(**network).to(device)
     common = dict(lr=cfg.lr, weight_decay=cfg.weight_decay)
     if cfg.optimizer == "adam":
         optimizer = torch.optim.Adam(net.parameters(), **common)
@@ -111,6 +123,8 @@ def main(cfg):
             x = noisy(x, cfg.noise)
         if cfg.shift:
             x = shifted(x, cfg.shift)
+        if cfg.hidden:
+            x = partly_hidden(x, cfg.hidden)
         with torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bf16"):
             scores = net.fc(net(x))
         loss = F.cross_entropy(scores.float(), y, label_smoothing=cfg.smoothing)
@@ -143,7 +157,7 @@ def main(cfg):
             "has not seen")
     source = Path(cfg.data).name
     save(cfg.file, weights=weights, id=fingerprint(*weights.values()), accuracy=accuracy,
-         classes=names, widths=cfg.widths, convs=cfg.convs,
+         classes=names, network=network,
          made_with=f"extras/train_judge.py --data {source}, {cfg.steps} steps, seed {cfg.seed}")
     say(f"wrote {cfg.file} | {accuracy:.2%} of {len(unseen):,} unseen images are named rightly")
 

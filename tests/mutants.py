@@ -115,6 +115,10 @@ MUTANTS = {  # file: (old text, new text, the idea that it ruins, the tests that
         ("require(not judge_classes or", "require(True or",
          "a judge measures images of its classes", "extras judge_of"),
         ('removesuffix("_judge")', "upper()", "the name of a judge's distance", "extras judge_of"),
+        ("return (self(x) + self(x.flip(3))) / 2", "return self(x)",
+         "a judge of photos sees mirror images alike", "extras judge_of"),
+        ("if not self.mirrored:", "if False:", "the judge of drawings does not", "extras judge_of"),
+        ("x = x + conv(x)", "x = conv(x)", "a judge's convolutions add", "extras later_conv"),
         ("operations -= sum(", "operations -= 0 * sum(",
          "MACs as the paper counts", "network parameters"),
         ("numbers = mine[first:first + batch]", "numbers = mine[:min(batch, len(mine) - first)]",
@@ -292,6 +296,11 @@ MUTANTS = {  # file: (old text, new text, the idea that it ruins, the tests that
         ("archive.testzip() is None", "True", "damage is noticed", "maths damaged")],
     "extras/fid.py": [
         ("allow_pickle=False", "allow_pickle=True", "no code in statistics", "pipeline no_code")],
+    "extras/train_judge.py": [
+        ("& columns[:, None", "| columns[:, None", "a judge does not see a square",
+         "extras square"),
+        ("x.shape[-1], (2, len(x), 1)", "x.shape[-1], (2, 1, 1)",
+         "each image has its own square", "extras square")],
     "extras/prepare_images.py": [
         ("values // 257", "values // 256 // 256",
          "own images: 16-bit grey is scaled", "data command_reads"),

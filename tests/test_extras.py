@@ -29,7 +29,7 @@ SMALL = {  # settings besides TINY
     "05": dict(n_samples=16),
     "import": dict(n_pairs=6, sample_steps=1),
     "sample": dict(n=3),
-    "judge": dict(steps=2, widths="4,4", convs=1, file="data/judge.pt"),
+    "judge": dict(steps=2, widths="4,4", convs="1,1", file="data/judge.pt"),
     "gif": dict(calls=2),
 }
 LOOP = r"for s in (.*?); do\n  (.*?) \|\| break\ndone"
@@ -135,7 +135,8 @@ def test_a_judge_of_ones_own_names_images_and_its_features_measure_them(tmp_path
     for name, grey in (("black", 0), ("white", 250)):
         noise = torch.randint(6, (30, 3, 8, 8), dtype=torch.uint8)
         save_images(tmp_path / "own" / name, noise + grey)
-    small = dict(image_size=8, widths="4,8", convs=1, steps=40, batch=16, shift=1, precision="fp32")
+    small = dict(image_size=8, widths="4,8", convs="1,2", steps=40, batch=16, shift=1, hidden=2,
+                 precision="fp32")
     script("judge").main(settings_of("judge", preset="cifar10_quick", data=tmp_path / "own",
                                      file="mine_judge.pt", **small))
     cfg = settings_of("05", out=tmp_path, metric="mine_judge.pt")
@@ -147,7 +148,12 @@ def test_a_judge_of_ones_own_names_images_and_its_features_measure_them(tmp_path
     assert judge["weights"]["fc.weight"].dtype == torch.float16
     images, labels, _ = common.load_data(tmp_path / "own", 8)
     with torch.no_grad():
-        assert torch.equal(fc(features_of(images)).argmax(1), labels)
+        features = features_of(images)
+        assert torch.equal(fc(features).argmax(1), labels)
+        # It was trained on mirrored images, so an image and its mirror image are the same to it.
+        assert torch.allclose(features_of(images.flip(3)), features, atol=1e-5)
+        features_of, *_ = script("05").feature_network(settings_of("05"), torch.device("cpu"))
+        assert not torch.allclose(features_of(images.flip(3)), features_of(images), atol=1e-5)
 
     # The distance means nothing for images of other classes.
     settings = {"data": "shapes"}
@@ -170,6 +176,32 @@ def test_judges_see_shifted_and_mirrored_images():
     assert {0, 1, 2, 3, 4} >= firsts
     assert len(firsts) == 5
     assert torch.equal(moved[:, 0], moved[:, 2])
+
+
+def test_a_judges_later_convolutions_add_to_what_is_there():
+    """If the second convolution of a level gives 0, the features are those of the first."""
+    Judge = script("05").Judge
+    judge, first = Judge(2, (4, 6), (1, 2), False).eval(), Judge(2, (4, 6), (1, 1), False).eval()
+    first.load_state_dict({key: judge.state_dict()[key] for key in first.state_dict()})
+    x = torch.randn(5, 3, 8, 8)
+    assert not torch.allclose(judge(x), first(x))
+    judge.levels[1][1].conv.weight.data.zero_()
+    assert torch.equal(judge(x), first(x))
+
+
+def test_a_judge_does_not_see_a_square_of_each_image():
+    """The square has the same place in all channels, another one in each image."""
+    seen = script("judge").partly_hidden(torch.ones(200, 3, 10, 10), 3)
+    assert torch.equal(seen[:, 0], seen[:, 2])
+    sizes, places = set(), set()
+    for hidden in seen[:, 0] == 0:
+        rows, columns = hidden.any(1), hidden.any(0)
+        assert torch.equal(hidden, rows[:, None] & columns)
+        sizes.add((int(rows.sum()), int(columns.sum())))
+        places.add((int(rows.int().argmax()), int(columns.int().argmax())))
+    assert max(sizes) == (3, 3)
+    assert min(sizes) == (1, 1)  # the others end at the border
+    assert len(places) > 50
 
 
 def test_the_animation_shows_what_euler_sees(tmp_path):
