@@ -11,8 +11,8 @@ a blur, with their colours exchanged, or of two classes only must be far.
 
 Reads   --data: images with labels
 Writes  --file
-Takes   drawings: a minute and a half on one CPU core; CIFAR-10: 35 minutes on one CPU
-        core (AMD EPYC, torch 2.13), not tried on a GPU
+Takes   drawings: a minute and a half on one CPU core; CIFAR-10: 71 minutes on two (AMD EPYC,
+        torch 2.13), not tried on a GPU
 """
 import sys
 from pathlib import Path
