@@ -63,8 +63,9 @@ def shifted(x, most):
 
 def partly_hidden(x, side):
     """A square of each image, anywhere, is grey, so that the judge looks at all the rest, too."""
-    pixel = torch.arange(x.shape[-1], device=x.device)
-    top, left = torch.randint(1 - side, x.shape[-1], (2, len(x), 1), device=x.device)
+    n, size = len(x), x.shape[-1]
+    pixel = torch.arange(size, device=x.device)
+    top, left = torch.randint(1 - side, size, (2, n, 1), device=x.device)
     rows = (pixel >= top) & (pixel < top + side)  # (N, H)
     columns = (pixel >= left) & (pixel < left + side)  # (N, W)
     square = rows[:, None, :, None] & columns[:, None, None, :]
@@ -105,7 +106,8 @@ def main(cfg):
         images, labels = images[seen], labels[seen]
 
     # 2. Training.
-    network = dict(classes=len(names), widths=cfg.widths, convs=cfg.convs, mirrored=cfg.shift > 0)
+    mirrored = cfg.shift > 0
+    network = dict(classes=len(names), widths=cfg.widths, convs=cfg.convs, mirrored=mirrored)
     net = evaluation.Judge(**network).to(device)
     common = dict(lr=cfg.lr, weight_decay=cfg.weight_decay)
     if cfg.optimizer == "adam":

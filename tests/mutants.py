@@ -299,7 +299,7 @@ MUTANTS = {  # file: (old text, new text, the idea that it ruins, the tests that
     "extras/train_judge.py": [
         ("& columns[:, None", "| columns[:, None", "a judge does not see a square",
          "extras square"),
-        ("x.shape[-1], (2, len(x), 1)", "x.shape[-1], (2, 1, 1)",
+        ("1 - side, size, (2, n, 1)", "1 - side, size, (2, 1, 1)",
          "each image has its own square", "extras square")],
     "extras/prepare_images.py": [
         ("values // 257", "values // 256 // 256",
