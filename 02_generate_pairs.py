@@ -70,16 +70,15 @@ def make_pairs(cfg, name, net, made_from, n, steps, first_index, sampler=euler):
               "precision": net.precision}
 
     # 1. Is there anything to do?
-    complete = path.exists() and not cfg.restart
-    if complete:
-        require_same_run(path, load(cfg, name).get("recipe", {}), recipe)
-        say(f"{path} is complete")
-    if RANK == 0 and (complete or cfg.restart):
-        shutil.rmtree(folder, ignore_errors=True)
     if RANK == 0 and cfg.restart:
         path.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
     wait_for_all()
-    if complete:
+    if path.exists():
+        require_same_run(path, load(cfg, name).get("recipe", {}), recipe)
+        say(f"{path} is complete")
+        if RANK == 0:
+            shutil.rmtree(folder, ignore_errors=True)
         return
 
     # 2. Which batches are still to be made, by this process? Each becomes a file.
@@ -115,7 +114,8 @@ def make_pairs(cfg, name, net, made_from, n, steps, first_index, sampler=euler):
         parts = [read(file) for file in files.values()]
         z = torch.cat([part["z"] for part in parts])
         x = torch.cat([part["x"] for part in parts])
-        save_artifact(cfg, name, net, made_from, (z, x), z=z, x=x, labels=labels, recipe=recipe)
+        save_artifact(cfg, name, net, made_from, (z, x),
+                      z=z, x=x, labels=labels, recipe=recipe)
         shutil.rmtree(folder)
     wait_for_all()
 
@@ -127,8 +127,8 @@ def main(cfg):
     teacher, artifact = load_network(cfg, "01_teacher.pt", device)
 
     # 2. Noise -> image.
-    made_from = artifact["lineage"]
-    make_pairs(cfg, "02_pairs.pt", teacher, made_from, cfg.n_pairs, cfg.sample_steps, PAIRS)
+    make_pairs(cfg, "02_pairs.pt", teacher, artifact["lineage"], cfg.n_pairs, cfg.sample_steps,
+               PAIRS)
 
     # 3. Look at the first ones.
     images = load(cfg, "02_pairs.pt")["x"][:64]

@@ -87,11 +87,11 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     return max(0.0, distance.item())
 
 
-def sum_of_processes(tensor):
-    """The sum of the tensors that all processes have."""
+def add_up(*tensors):
+    """Each tensor becomes the sum of those that all processes have."""
     if WORLD > 1:
-        dist.all_reduce(tensor)
-    return tensor
+        for tensor in tensors:
+            dist.all_reduce(tensor)
 
 
 def gaussian(batches, dimensions):
@@ -104,7 +104,7 @@ def gaussian(batches, dimensions):
         n += len(features)
         total += features.sum(0)
         outer += features.T @ features
-    n, total, outer = sum_of_processes(n), sum_of_processes(total), sum_of_processes(outer)
+    add_up(n, total, outer)
     mu = total / n
     outer = outer - n * torch.outer(mu, mu)
     return mu, outer / (n - 1).clamp(min=1)
@@ -180,8 +180,7 @@ def table(rows, metric):
     for row in rows:
         line = "|"
         for key, form in COLUMNS.items():
-            value = row.get(key)
-            cell = "-" if value is None else format(value, form)
+            cell = format(row[key], form) if key in row else "-"
             line += f" {cell} |"
         lines.append(line)
     return lines
@@ -233,7 +232,8 @@ def main(cfg):
         if labels is not None and names == judge_classes:
             seen = fc(torch.cat(features)).argmax(1).cpu()
             right = (seen == labels[RANK::WORLD]).sum()
-            scores["matches"] = sum_of_processes(right).item() / cfg.n_samples
+            add_up(right)
+            scores["matches"] = right.item() / cfg.n_samples
         return scores
 
     # 4. A row of the table for each set of images. In the picture, a column has one request and
@@ -391,57 +391,53 @@ class Inception(nn.Module):
 
     def forward(self, x):
         conv, chain = self.conv, self.chain
-        one, three, five = (1, 1), (3, 3), (5, 5)
+        average = nn.AvgPool2d(3, 1, 1, count_include_pad=False)
         row, column = (1, 7), (7, 1)
-        x = conv(x, "Conv2d_1a_3x3", 32, three, stride=2, padding=0)
-        x = conv(x, "Conv2d_2a_3x3", 32, three, padding=0)
-        x = conv(x, "Conv2d_2b_3x3", 64, three)  # (B, 64, 147, 147)
+        x = conv(x, "Conv2d_1a_3x3", 32, 3, stride=2, padding=0)
+        x = conv(x, "Conv2d_2a_3x3", 32, 3, padding=0)
+        x = conv(x, "Conv2d_2b_3x3", 64, 3)  # (B, 64, 147, 147)
         x = F.max_pool2d(x, 3, 2)
-        x = conv(x, "Conv2d_3b_1x1", 80, one)
-        x = conv(x, "Conv2d_4a_3x3", 192, three, padding=0)
+        x = conv(x, "Conv2d_3b_1x1", 80, 1)
+        x = conv(x, "Conv2d_4a_3x3", 192, 3, padding=0)
         x = F.max_pool2d(x, 3, 2)  # (B, 192, 35, 35)
         for letter, c_pool in zip("bcd", (32, 64, 64)):
             name = f"Mixed_5{letter}/branch"
-            a = conv(x, name + "1x1", 64, one)
-            b = chain(x, name + "5x5", [48, 64], [one, five])
-            c = chain(x, name + "3x3dbl", [64, 96, 96], [one, three, three])
-            d = conv(average(x), name + "_pool", c_pool, one)
+            a = conv(x, name + "1x1", 64, 1)
+            b = chain(x, name + "5x5", [48, 64], [1, 5])
+            c = chain(x, name + "3x3dbl", [64, 96, 96], [1, 3, 3])
+            d = conv(average(x), name + "_pool", c_pool, 1)
             x = torch.cat([a, b, c, d], dim=1)
         name = "Mixed_6a/branch"
-        a = conv(x, name + "3x3", 384, three, stride=2, padding=0)
-        b = chain(x, name + "3x3dbl", [64, 96], [one, three])
-        b = conv(b, name + "3x3dbl_3", 96, three, stride=2, padding=0)
+        a = conv(x, name + "3x3", 384, 3, stride=2, padding=0)
+        b = chain(x, name + "3x3dbl", [64, 96], [1, 3])
+        b = conv(b, name + "3x3dbl_3", 96, 3, stride=2, padding=0)
         x = torch.cat([a, b, F.max_pool2d(x, 3, 2)], dim=1)  # (B, 768, 17, 17)
         for letter, n in zip("bcde", (128, 160, 160, 192)):
             name = f"Mixed_6{letter}/branch"
-            a = conv(x, name + "1x1", 192, one)
-            b = chain(x, name + "7x7", [n, n, 192], [one, row, column])
-            c = chain(x, name + "7x7dbl", [n, n, n, n, 192], [one, column, row, column, row])
-            d = conv(average(x), name + "_pool", 192, one)
+            a = conv(x, name + "1x1", 192, 1)
+            b = chain(x, name + "7x7", [n, n, 192], [1, row, column])
+            c = chain(x, name + "7x7dbl", [n, n, n, n, 192], [1, column, row, column, row])
+            d = conv(average(x), name + "_pool", 192, 1)
             x = torch.cat([a, b, c, d], dim=1)
         name = "Mixed_7a/branch"
-        a = conv(x, name + "3x3_1", 192, one)
-        a = conv(a, name + "3x3_2", 320, three, stride=2, padding=0)
-        b = chain(x, name + "7x7x3", [192, 192, 192], [one, row, column])
-        b = conv(b, name + "7x7x3_4", 192, three, stride=2, padding=0)
+        a = conv(x, name + "3x3_1", 192, 1)
+        a = conv(a, name + "3x3_2", 320, 3, stride=2, padding=0)
+        b = chain(x, name + "7x7x3", [192, 192, 192], [1, row, column])
+        b = conv(b, name + "7x7x3_4", 192, 3, stride=2, padding=0)
         x = torch.cat([a, b, F.max_pool2d(x, 3, 2)], dim=1)  # (B, 1280, 8, 8)
         row, column = (1, 3), (3, 1)
         for letter, pool in zip("bc", (average, nn.MaxPool2d(3, 1, 1))):
             name = f"Mixed_7{letter}/branch"
-            a = conv(x, name + "1x1", 320, one)
-            b = conv(x, name + "3x3_1", 384, one)
+            a = conv(x, name + "1x1", 320, 1)
+            b = conv(x, name + "3x3_1", 384, 1)
             b_row = conv(b, name + "3x3_2a", 384, row)
             b_column = conv(b, name + "3x3_2b", 384, column)
-            c = chain(x, name + "3x3dbl", [448, 384], [one, three])
+            c = chain(x, name + "3x3dbl", [448, 384], [1, 3])
             c_row = conv(c, name + "3x3dbl_3a", 384, row)
             c_column = conv(c, name + "3x3dbl_3b", 384, column)
-            d = conv(pool(x), name + "_pool", 192, one)
+            d = conv(pool(x), name + "_pool", 192, 1)
             x = torch.cat([a, b_row, b_column, c_row, c_column, d], dim=1)  # (B, 2048, 8, 8)
         return x.mean(dim=(2, 3))
-
-
-def average(x):
-    return F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
 
 
 def resize_tf1(x, size=299):
